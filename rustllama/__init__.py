@@ -1,0 +1,3 @@
+"""rustllama: a local LLM server and console."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,190 @@
+"""The only door to gevent: worker threads for blocking calls, greenlets, events, and the watch on a client's socket.
+
+Everything here works in the hub of the thread that first uses it, with or without gevent's monkey-patching.
+"""
+
+from __future__ import annotations
+
+import _thread
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import gevent
+from gevent.event import Event as Event
+from gevent.lock import RLock as RLock
+from gevent.monkey import get_original
+from gevent.queue import SimpleQueue
+from gevent.threadpool import ThreadPool
+
+from rustllama.errors import Cancelled
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# llama.cpp's tokenizers recurse once per character of a run; 8 MiB is not enough, and unused stack costs nothing.
+NATIVE_STACK_BYTES = 512 * 1024**2
+FILE_THREADS = 8
+
+
+class NativeThreads:
+    """A bounded pool of native threads. The greenlet that calls waits, the hub does not; one thread serializes."""
+
+    def __init__(self, threads: int = 1) -> None:
+        previous = _thread.stack_size(NATIVE_STACK_BYTES)
+        try:
+            self._pool = ThreadPool(threads)
+            self._pool.map(_nothing, range(threads))  # the threads start now, with this stack
+        finally:
+            _thread.stack_size(previous)
+        self._waiting = 0
+
+    @property
+    def contended(self) -> bool:
+        """Whether some caller waits for a thread: one that has one should come to an end."""
+        return self._waiting > self._pool.maxsize
+
+    def call(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs `fn` in the thread and returns or raises what it does."""
+        self._waiting += 1
+        try:
+            result: T = self._pool.apply(fn, args, kwargs)
+            return result
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        self._pool.kill()
+
+
+def _nothing(_: int) -> None:
+    return None
+
+
+@cache
+def _file_threads() -> NativeThreads:
+    return NativeThreads(FILE_THREADS)
+
+
+def offload(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs a blocking function (files, SQLite, templates, tokenizers, loads) in a worker thread."""
+    return _file_threads().call(fn, *args, **kwargs)
+
+
+def spawn(fn: Callable[[], None]) -> None:
+    """Runs `fn` in a greenlet of its own; it must not raise."""
+    gevent.spawn(fn)
+
+
+def native_lock() -> Any:
+    """A lock between the hub and a native thread, to be held for a moment only."""
+    return get_original("_thread", "allocate_lock")()
+
+
+class Timer:
+    """Calls `fn` in a greenlet after a delay, unless it is closed before."""
+
+    def __init__(self, delay_s: float, fn: Callable[[], None]) -> None:
+        self._greenlet = gevent.spawn_later(delay_s, fn)
+
+    def close(self) -> None:
+        if self._greenlet is not gevent.getcurrent():
+            self._greenlet.kill(block=False)
+
+
+class Relay(Generic[T]):
+    """Hands items from any thread to a function in the hub, in order, without waiting for it."""
+
+    def __init__(self, deliver: Callable[[T], None]) -> None:
+        self._deliver = deliver
+        self._items: deque[T] = deque()
+        self._wake = gevent.get_hub().loop.async_()
+        self._wake.start(self._drain)
+
+    def post(self, item: T) -> None:
+        self._items.append(item)
+        self._wake.send()
+
+    def _drain(self) -> None:
+        while self._items:
+            self._deliver(self._items.popleft())
+
+    def close(self) -> None:
+        """Delivers what is left; called in the hub."""
+        self._drain()
+        self._wake.stop()
+        self._wake.close()
+
+
+class Mailbox(Generic[T]):
+    """What one greenlet waits for and the hub fills. A put exception is raised at the reader."""
+
+    def __init__(self) -> None:
+        self._queue: Any = SimpleQueue()
+
+    def put(self, item: T | Exception) -> None:
+        self._queue.put(item)
+
+    def get(self) -> T:
+        item: T | Exception = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+@contextmanager
+def watch_client(environ: Mapping[str, Any]) -> Iterator[None]:
+    """While inside, a client that hangs up raises Cancelled in this greenlet at its next wait.
+
+    Does nothing where the WSGI environment has no socket. A client that closes only its sending side counts as gone,
+    as it does for Go's net/http.
+    """
+    client: socket.socket | None = environ.get("gunicorn.socket")
+    if client is None:
+        yield
+        return
+    watch = _Watch(client, gevent.getcurrent())
+    try:
+        yield
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """Waits for the socket to become readable: the end of the stream, or a request sent ahead (left alone)."""
+
+    def __init__(self, client: socket.socket, reader: Any) -> None:
+        self._client = client
+        self._reader = reader
+        self._watcher = gevent.get_hub().loop.io(client.fileno(), 1)
+        self._watcher.start(self._readable)
+
+    def _readable(self) -> None:
+        self._watcher.stop()
+        if _hung_up(self._client.fileno()):
+            self._reader.kill(Cancelled(), block=False)
+
+    def close(self) -> None:
+        self._watcher.stop()
+        self._watcher.close()
+
+
+def _hung_up(fd: int) -> bool:
+    """Peeks below gevent's and TLS's wrappers."""
+    raw = socket.socket(fileno=fd)
+    try:
+        return raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        raw.detach()
+
+
+def sleep(delay_s: float) -> None:
+    """Lets other greenlets run."""
+    gevent.sleep(delay_s)

@@ -1,0 +1,122 @@
+"""Every way rustllama can fail: one tree, each class with its HTTP status and machine-readable code.
+
+RustllamaError
+├── BadRequest               400  invalid_request
+│   ├── Unsupported          400  unsupported              a field or ability that is not there
+│   ├── ContextExceeded      400  context_length_exceeded
+│   ├── TemplateRefused      400  template_error
+│   └── BadModelFile         400  bad_model_file           the file named by a create or a record cannot be served
+├── NotFound                 404  not_found
+│   └── ModelNotFound        404  model_not_found
+├── MethodNotAllowed         405  method_not_allowed
+├── TooLarge                 413  too_large
+├── Cancelled                499  cancelled                never sent, only logged
+├── InternalError            500  internal_error
+├── Unavailable              503  unavailable              worth another try
+│   ├── Busy                 503  busy
+│   ├── Draining             503  draining
+│   └── OutOfMemory          503  out_of_memory
+├── DiskFull                 507  disk_full
+├── SettingError             –    bad_setting              stops the start: exit status 2
+└── ServerUnreachable        –    unreachable              the console found no server: exit status 1
+"""
+
+import errno
+
+
+class RustllamaError(Exception):
+    """Root of the tree; its text is one sentence that says what to do next and may be shown to a client."""
+
+    status = 500
+    code = "internal_error"
+    retry_after_s: int | None = None
+
+
+class BadRequest(RustllamaError):
+    status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Unsupported(BadRequest):
+    code = "unsupported"
+
+
+class ContextExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+
+class TemplateRefused(BadRequest):
+    code = "template_error"
+
+
+class BadModelFile(BadRequest):
+    code = "bad_model_file"
+
+
+class NotFound(RustllamaError):
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class MethodNotAllowed(RustllamaError):
+    status = 405
+    code = "method_not_allowed"
+
+
+class TooLarge(RustllamaError):
+    status = 413
+    code = "too_large"
+
+
+class Cancelled(RustllamaError, BrokenPipeError):
+    """The client has gone. A BrokenPipeError too, as that is what servers of HTTP pass over in silence."""
+
+    status = 499
+    code = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__(errno.EPIPE, "the client has gone")
+
+
+class InternalError(RustllamaError):
+    """Our own fault: the log carries the details under the request's id."""
+
+
+class Unavailable(RustllamaError):
+    status = 503
+    code = "unavailable"
+    retry_after_s = 2
+
+
+class Busy(Unavailable):
+    code = "busy"
+
+
+class Draining(Unavailable):
+    code = "draining"
+
+
+class OutOfMemory(Unavailable):
+    code = "out_of_memory"
+    retry_after_s = 30
+
+
+class DiskFull(RustllamaError):
+    status = 507
+    code = "disk_full"
+
+
+class SettingError(RustllamaError):
+    code = "bad_setting"
+
+
+class ServerUnreachable(RustllamaError):
+    code = "unreachable"

@@ -1,0 +1,121 @@
+"""`rustllama serve`: checks the set-up, binds the address, and runs the application under Gunicorn."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import select
+import socket
+import sys
+from functools import cached_property
+
+import flask
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.sock import TCP6Socket, TCPSocket
+
+from rustllama.api import create_app
+from rustllama.errors import RustllamaError, SettingError
+from rustllama.registry import Registry
+from rustllama.settings import Settings
+
+_BACKLOG = 2048
+
+
+def app() -> flask.Flask:
+    """The WSGI application for Gunicorn's own command: `gunicorn … 'rustllama.serve:app()'`."""
+    return create_app(Settings.from_env(os.environ))
+
+
+def main(settings: Settings) -> None:
+    """Serves until a signal; exits with 0. Raises SettingError before anything is started."""
+    registry = Registry(settings.database_path)
+    for name in settings.load:
+        try:
+            registry.get(name)
+        except RustllamaError as error:
+            raise SettingError(f"RUSTLLAMA_LOAD: {error}") from None
+    listeners = _bind(settings)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    application = _Application(settings, registry, listeners)
+    _Master(application).run()
+
+
+class _Application(BaseApplication):  # type: ignore[misc]
+    """Hands settings and sockets to Gunicorn."""
+
+    def __init__(self, settings: Settings, registry: Registry, listeners: list[socket.socket]) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.listeners = listeners
+        super().__init__()
+
+    def load_config(self) -> None:
+        config = importlib.import_module("rustllama.gunicorn_conf")
+        for name in self.cfg.settings:
+            if hasattr(config, name):
+                self.cfg.set(name, getattr(config, name))
+
+    def load(self) -> flask.Flask:
+        return create_app(self.settings, registry=self.registry)
+
+    @cached_property
+    def url(self) -> str:
+        host = self.settings.host[0]
+        port = self.listeners[0].getsockname()[1]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Master(Arbiter):  # type: ignore[misc]
+    """Gunicorn's master, with Ctrl+C as a graceful stop; a second one while it stops ends at once."""
+
+    def __init__(self, application: _Application) -> None:
+        super().__init__(application)
+        self._stop_on_eof = application.settings.stop_on_eof
+        self.LISTENERS = [_adopt(listener, self) for listener in application.listeners]
+
+    def handle_int(self) -> None:
+        raise StopIteration
+
+    def murder_workers(self) -> None:
+        super().murder_workers()
+        if self._stop_on_eof and _at_eof(sys.stdin.fileno()):
+            raise StopIteration
+
+
+def _adopt(listener: socket.socket, master: Arbiter) -> TCPSocket:
+    kind = TCP6Socket if listener.family == socket.AF_INET6 else TCPSocket
+    address = listener.getsockname()
+    return kind(address, master.cfg, master.log, fd=listener.detach())
+
+
+def _at_eof(fd: int) -> bool:
+    readable, _, _ = select.select([fd], [], [], 0)
+    return bool(readable) and not os.read(fd, 4096)
+
+
+def _bind(settings: Settings) -> list[socket.socket]:
+    """Listening sockets; the first one's address is the one that is told. Raises SettingError."""
+    host, port = settings.host
+    listeners: list[socket.socket] = []
+    for address in settings.listen_hosts:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            listener = socket.create_server((address, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if listeners and error.errno != errno.EADDRINUSE:
+                continue  # no IPv6 here: the first address serves
+            raise SettingError(_bind_failure(host, port, error)) from None
+        port = listener.getsockname()[1]
+        listeners.append(listener)
+    return listeners
+
+
+def _bind_failure(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use: end that program or take another with --port or RUSTLLAMA_HOST."
+    return (
+        f"RUSTLLAMA_HOST: cannot listen at {host}, port {port}: {error.strerror}; choose another with --host or --port."
+    )

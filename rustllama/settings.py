@@ -1,0 +1,177 @@
+"""Every setting of rustllama: read once from the environment, frozen, each with its unit and default."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rustllama.errors import SettingError
+
+DEFAULT_PORT = 11435
+FOREVER = math.inf
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of `"300"`, `"5m"`, `"1h30m"`; anything negative is FOREVER. Raises ValueError."""
+    text = text.strip()
+    if text.startswith("-"):
+        parse_duration_s(text[1:])
+        return FOREVER
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    pieces = _DURATION.findall(text)
+    if not pieces or "".join(number + unit for number, unit in pieces) != text:
+        raise ValueError('a duration is seconds or like "5m"; negative is for ever')
+    return sum(float(number) * _SECONDS[unit] for number, unit in pieces)
+
+
+def parse_size_bytes(text: str) -> int:
+    """Bytes of `"2000000"`, `"8GiB"`, `"500 MB"`. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError('a size is bytes or like "8GiB"')
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of `host`, `:port`, `host:port`, `[::1]:port` or a URL. Raises ValueError."""
+    text = text.strip().rstrip("/")
+    scheme, separator, rest = text.rpartition("://")
+    if separator and scheme not in ("http", "https"):
+        raise ValueError("an address is host, host:port or http://host:port")
+    bare_v6 = rest.count(":") > 1 and not rest.startswith("[")
+    url = urlsplit(f"//[{rest}]" if bare_v6 else f"//{rest}")
+    default = {"http": 80, "https": 443}.get(scheme, DEFAULT_PORT)
+    return url.hostname or "localhost", default if url.port is None else url.port
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", text.strip()) or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.strip().lower() not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return text.strip().lower()
+
+    return parse
+
+
+def _yes(text: str) -> bool:
+    return _one_of("0", "1", "false", "true", "no", "yes", "off", "on")(text) in ("1", "true", "yes", "on")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def default_home() -> Path:
+    """The platform's state folder for rustllama."""
+    from platformdirs import user_state_path  # only where no folder was named: it costs start-up time
+
+    return user_state_path("rustllama")
+
+
+def _setting(parse: Callable[[str], object], default: object, help: str) -> Any:
+    """A field that RUSTLLAMA_<NAME> sets; `help` names its unit, and what None stands for."""
+    return field(default=default, metadata={"parse": parse, "help": help})
+
+
+def _home(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Read with `Settings.from_env(os.environ)`; a bad value raises SettingError naming variable and value."""
+
+    home: Path | None = _setting(_home, None, "state folder; default: the platform's own")
+    host: tuple[str, int] = _setting(
+        parse_address, ("localhost", DEFAULT_PORT), "address to listen at, or for the console to talk to"
+    )
+    workers: int = _setting(_whole(1, 64), 1, "server processes; each keeps its own copy of the models")
+    load: tuple[str, ...] = _setting(_names, (), "models to load before the first request, by comma")
+    keep_alive: float = _setting(parse_duration_s, 300.0, "time an idle model stays loaded; negative: for ever")
+    memory_limit: int | None = _setting(
+        parse_size_bytes, None, "memory for all models; default: what the machine or its cgroup has free"
+    )
+    num_ctx: int = _setting(_whole(16, 1 << 22), 8192, "tokens of a usual context; less where memory is short")
+    slots: int | None = _setting(
+        _whole(1, 256), None, "answers a model generates at once; default: as spare memory allows, at most 16"
+    )
+    max_queue: int = _setting(_whole(0, 1 << 20), 512, "requests that wait for a slot before others get 503")
+    num_thread: int | None = _setting(
+        _whole(1, 512), None, "threads of llama.cpp; default: the physical cores this process may use"
+    )
+    num_batch: int = _setting(_whole(1, 8192), 512, "tokens of the largest prompt call")
+    num_gpu: int = _setting(_whole(-1, 1024), -1, "layers on the GPU; -1: all that fit")
+    use_mmap: bool = _setting(_yes, True, "map the weights instead of reading them")
+    flash_attention: str = _setting(_one_of("auto", "on", "off"), "auto", "auto, on or off")
+    gap_ms: int = _setting(_whole(1, 60_000), 200, "milliseconds between tokens that a new prompt may cause")
+    drain_timeout: float = _setting(parse_duration_s, 30.0, "time that running answers get when the server stops")
+    max_body: int = _setting(parse_size_bytes, 20 * 1024**2, "size of the largest request body")
+    probe_timeout: float = _setting(parse_duration_s, 120.0, "time that proving a new model file may take")
+    stop_on_eof: bool = _setting(_yes, False, "stop when standard input closes; the console's private server uses it")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Unset and empty variables take the default. Raises SettingError."""
+        values: dict[str, object] = {}
+        for spec in fields(cls):
+            variable = variable_of(spec.name)
+            text = environ.get(variable, "")
+            if not text.strip():
+                continue
+            try:
+                values[spec.name] = spec.metadata["parse"](text)
+            except ValueError as error:
+                raise SettingError(f"{variable}={text!r} is not valid: expected {error}.") from None
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def home_path(self) -> Path:
+        return self.home if self.home is not None else default_home()
+
+    @property
+    def listen_hosts(self) -> tuple[str, ...]:
+        """Addresses to bind: `localhost` is both loopbacks, the second one where there is IPv6."""
+        host = self.host[0]
+        return ("127.0.0.1", "::1") if host == "localhost" else (host,)
+
+    @property
+    def database_path(self) -> Path:
+        return self.home_path / "rustllama.db"
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a field."""
+    return f"RUSTLLAMA_{name.upper()}"
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Rows of variable, default and meaning, for `serve --help` and the README."""
+    return [(variable_of(spec.name), _shown(spec.default), spec.metadata["help"]) for spec in fields(Settings)]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ":".join(str(part) for part in value)
+    return str(int(value)) if isinstance(value, (bool, float)) else str(value)
