@@ -1,0 +1,135 @@
+"""One loaded model: its weights, its usual lane of slots, and larger lanes made on demand."""
+
+from __future__ import annotations
+
+import time
+
+from rustllama import bridge
+from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
+from rustllama.engine import memory
+from rustllama.engine.lane import Lane, LaneShape, LaneStream
+from rustllama.engine.machine import physical_cores
+from rustllama.engine.native import Model, gpu_layers
+from rustllama.errors import OutOfMemory, RustllamaError
+from rustllama.settings import Settings
+
+_LARGE_LANE_IDLE_S = 60.0
+
+
+class LlamaEngines:
+    """Makes engines that share one native thread, so that no two models compute at once on the same cores."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._native = bridge.NativeThreads(1)
+
+    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> LlamaEngine:
+        """Loads the model. Raises BadModelFile or OutOfMemory."""
+        return LlamaEngine(record, options, plan, self._settings, self._native)
+
+
+class LlamaEngine:
+    """See `core.Engine`."""
+
+    def __init__(
+        self,
+        record: ModelRecord,
+        options: LoadOptions,
+        plan: MemoryPlan,
+        settings: Settings,
+        native: bridge.NativeThreads,
+    ) -> None:
+        self._info = record.info
+        self._plan = plan
+        self._settings = settings
+        self._native = native
+        self._n_threads = options.num_thread or settings.num_thread or physical_cores()
+        self._n_batch = options.num_batch or settings.num_batch
+        wanted = settings.num_gpu if options.num_gpu is None else options.num_gpu
+        self._num_gpu = gpu_layers(record.info, wanted)
+        use_mmap = settings.use_mmap if options.use_mmap is None else options.use_mmap
+        self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap)
+        self._lanes: list[Lane] = []  # the usual one first
+        try:
+            self._lanes.append(self._open(plan.n_ctx, plan.n_slots))
+        finally:
+            if not self._lanes:
+                self._model.close()
+
+    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
+        return bridge.offload(self._tokenize, spans, add_special)
+
+    def reserve(self, num_ctx: int, available_bytes: int) -> None:
+        self._close_idle_lanes()
+        if self._lane_for(num_ctx) is not None:
+            return
+        n_ctx = memory.padded(min(_power_of_two(num_ctx), self._info.context_length))
+        needed = memory.large_lane_bytes(self._info, self._settings, n_ctx)
+        if needed > available_bytes:
+            raise OutOfMemory(
+                f"a context of {num_ctx} tokens needs {memory.gib(needed)} more memory, and "
+                f"{memory.gib(available_bytes)} are free: ask for a smaller num_ctx."
+            )
+        self._lanes.append(self._open(n_ctx, 1))
+
+    def submit(self, request: GenerateRequest) -> LaneStream:
+        lane = self._lane_for(request.num_ctx)
+        assert lane is not None, "a request is larger than every slot: reserve() comes first"
+        return lane.submit(request)
+
+    def state(self) -> EngineState:
+        large = [memory.large_lane_bytes(self._info, self._settings, lane.shape.n_ctx) for lane in self._lanes[1:]]
+        size = self._plan.size_bytes + sum(large)
+        layers = self._info.block_count + 1
+        return EngineState(
+            context_length=self._plan.n_ctx,
+            slots=self._plan.n_slots,
+            running=sum(lane.running for lane in self._lanes),
+            queued=sum(lane.queued for lane in self._lanes),
+            size_bytes=size,
+            size_vram_bytes=size * min(self._num_gpu, layers) // layers,
+        )
+
+    def end_all(self, reason: RustllamaError) -> None:
+        for lane in self._lanes:
+            lane.end_all(reason)
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        bridge.offload(self._model.close)
+
+    def check_integrity(self) -> None:
+        """See `Lane.check_integrity`."""
+        for lane in self._lanes:
+            lane.check_integrity()
+
+    def _open(self, n_ctx: int, n_slots: int) -> Lane:
+        shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads)
+        context = bridge.offload(Lane.open, self._model, shape, self._settings.flash_attention)
+        return Lane(self._model, context, shape, self._settings, self._native)
+
+    def _lane_for(self, num_ctx: int) -> Lane | None:
+        fitting = [lane for lane in self._lanes if lane.shape.n_ctx >= num_ctx]
+        return min(fitting, key=lambda lane: lane.shape.n_ctx, default=None)
+
+    def _close_idle_lanes(self) -> None:
+        long_ago = time.monotonic() - _LARGE_LANE_IDLE_S
+        for lane in self._lanes[1:]:
+            if not lane.running and not lane.queued and lane.idle_since_s < long_ago:
+                self._lanes.remove(lane)
+                lane.close()
+
+    def _tokenize(self, spans: tuple[Span, ...], add_special: bool) -> tuple[int, ...]:
+        tokens: list[int] = []
+        for span in spans:
+            tokens += self._model.tokenize(span.text, parse_special=span.trusted)
+        bos = self._model.leading_bos if add_special else None
+        if bos is not None and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tuple(tokens)
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two: requests of like sizes share a lane."""
+    return 1 << (number - 1).bit_length()

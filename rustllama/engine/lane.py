@@ -1,0 +1,153 @@
+"""One llama.cpp context at work: its scheduler, its runner, and the greenlet that steps them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rustllama import bridge
+from rustllama.core import Delta, GenerateRequest
+from rustllama.engine.native import Context, Model
+from rustllama.engine.runner import Deltas, Runner
+from rustllama.engine.scheduler import Scheduler
+from rustllama.engine.sequence import Sequence
+from rustllama.errors import InternalError, RustllamaError
+from rustllama.settings import Settings
+
+_log = logging.getLogger("rustllama.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class LaneShape:
+    """How a context is made; `n_ctx` is the tokens of a slot."""
+
+    n_ctx: int
+    n_slots: int
+    n_batch: int
+    n_threads: int
+
+
+class Lane:
+    """All methods are called in the hub, but `open`, which runs in a worker thread."""
+
+    def __init__(
+        self, model: Model, context: Context, shape: LaneShape, settings: Settings, native: bridge.NativeThreads
+    ):
+        self.shape = shape
+        self.idle_since_s = time.monotonic()
+        self._native = native
+        self._context = context
+        self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
+        self._runner = Runner(model, context, self._relay.post, lambda: not native.contended)
+        self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms)
+        self._work = bridge.Event()
+        self._stopped = bridge.Event()
+        self._closing = False
+        bridge.spawn(self._loop)
+
+    @staticmethod
+    def open(model: Model, shape: LaneShape, flash_attention: str) -> Context:
+        """Raises OutOfMemory."""
+        return Context(
+            model,
+            n_ctx=shape.n_ctx,
+            n_slots=shape.n_slots,
+            n_batch=shape.n_batch,
+            n_threads=shape.n_threads,
+            flash_attention=flash_attention,
+        )
+
+    @property
+    def running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def queued(self) -> int:
+        return len(self._scheduler.queue)
+
+    def submit(self, request: GenerateRequest) -> LaneStream:
+        """Raises Busy."""
+        mailbox: bridge.Mailbox[Delta] = bridge.Mailbox()
+        sequence = Sequence(request, mailbox, time.perf_counter_ns())
+        self._scheduler.add(sequence)
+        self._wake()
+        return LaneStream(self, sequence, mailbox)
+
+    def cancel(self, sequence: Sequence) -> None:
+        if not sequence.over:
+            self._scheduler.cancel(sequence)
+            self._runner.abort(sequence)
+            self._wake()
+
+    def end_all(self, reason: RustllamaError) -> None:
+        self._scheduler.end_all(reason)
+        self._wake()
+
+    def close(self) -> None:
+        """Waits for the step that runs, then frees the context."""
+        self.end_all(InternalError("the model was unloaded."))
+        self._closing = True
+        self._wake()
+        self._stopped.wait()
+        self._native.call(self._runner.close)
+        self._native.call(self._context.close)
+        self._relay.close()
+
+    def check_integrity(self) -> None:
+        """Our record of every slot equals llama.cpp's; called while nothing runs."""
+        self._native.call(self._runner.check_integrity, self._scheduler.slots)
+
+    def _wake(self) -> None:
+        # a run that goes ahead of the scheduler has to end where there is something to decide
+        self._runner.interrupted = self._closing or self._scheduler.can_admit or self._scheduler.must_clear
+        self._work.set()
+
+    def _loop(self) -> None:
+        while not self._closing:
+            self._work.clear()
+            self._runner.interrupted = False
+            batch = self._scheduler.plan(time.perf_counter_ns())
+            if batch is None:
+                self.idle_since_s = time.monotonic()
+                self._work.wait()
+                continue
+            try:
+                self._scheduler.apply(self._native.call(self._runner.run, batch))
+            except Exception as error:  # whatever it is, nobody may be left waiting
+                self._fail(error)
+        self._stopped.set()
+
+    def _fail(self, error: Exception) -> None:
+        """The step was lost, and with it the state of all who took part; those in the queue go on."""
+        _log.error("a step failed", exc_info=error)
+        reason = error if isinstance(error, RustllamaError) else InternalError("the engine failed in a step.")
+        for sequence in self._scheduler.running:
+            self._scheduler.cancel(sequence, reason)
+        self._native.call(self._runner.reset)
+
+
+class LaneStream:
+    """The answer to one request; see `core.Stream`."""
+
+    def __init__(self, lane: Lane, sequence: Sequence, mailbox: bridge.Mailbox[Delta]) -> None:
+        self._lane = lane
+        self._sequence = sequence
+        self._mailbox = mailbox
+
+    def __iter__(self) -> Iterator[Delta]:
+        while True:
+            delta = self._mailbox.get()
+            yield delta
+            if delta.finish is not None:
+                return
+
+    def cancel(self) -> None:
+        self._lane.cancel(self._sequence)
+
+
+def _deliver(deltas: Deltas) -> None:
+    for sequence, delta in deltas:
+        if delta.text or delta.finish is not None:
+            sequence.outlet.put(delta)

@@ -1,0 +1,63 @@
+"""What this machine, or the cgroup around this process, has free: memory and cores."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CPU = Path("/sys/devices/system/cpu")
+
+
+def free_memory_bytes() -> int:
+    """Memory that new allocations can take without swapping."""
+    if sys.platform == "darwin":
+        return _sysctl(b"hw.memsize") * 3 // 4  # macOS tells no figure like Linux's MemAvailable
+    available = _meminfo("MemAvailable")
+    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    if limit is None or used is None:
+        return available
+    return max(0, min(available, limit - used + _cgroup_cache_bytes()))
+
+
+def physical_cores() -> int:
+    """Cores that this process may use: its affinity without hyper-threads, and the cgroup's share."""
+    if sys.platform == "darwin":
+        return _sysctl(b"hw.perflevel0.physicalcpu") or os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    siblings = {_text(_CPU / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    quota, _, period = (_text(_CGROUP / "cpu.max") or "max").partition(" ")
+    share = len(siblings) if quota == "max" else max(1, int(quota) // int(period))
+    return max(1, min(len(siblings), share))
+
+
+def _meminfo(name: str) -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _cgroup_cache_bytes() -> int:
+    """Page cache that the cgroup's limit counts, but that is given back when memory is needed."""
+    lines = (_text(_CGROUP / "memory.stat") or "").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text and text.isdigit() else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _sysctl(name: bytes) -> int:
+    value = ctypes.c_int64(0)
+    size = ctypes.c_size_t(8)
+    ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0)
+    return value.value

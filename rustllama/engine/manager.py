@@ -1,0 +1,281 @@
+"""The process-global manager: which models are loaded, who uses them, how long they stay, and who has to leave."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from types import TracebackType
+
+from rustllama import bridge
+from rustllama.core import Engine, EngineState, FileIdentity, LoadOptions, MemoryPlan, ModelRecord
+from rustllama.engine import memory
+from rustllama.engine.machine import free_memory_bytes
+from rustllama.errors import Cancelled, Draining, InternalError, OutOfMemory, RustllamaError
+from rustllama.settings import Settings
+
+EngineFactory = Callable[[ModelRecord, LoadOptions, MemoryPlan], Engine]
+_DRAIN_POLL_S = 0.05
+_log = logging.getLogger("rustllama.manager")
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A model that is loading or loaded. `references` counts the leases, and with them those who wait for the load."""
+
+    record: ModelRecord
+    options: LoadOptions
+    ready: bridge.Event = field(default_factory=bridge.Event)
+    engine: Engine | None = None
+    plan: MemoryPlan | None = None
+    error: RustllamaError | None = None
+    references: int = 0
+    keep_alive_s: float = 0.0
+    used_at_s: float = 0.0
+    expires_at: datetime | None = None
+    timer: bridge.Timer | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.engine is not None and not self.references
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A row of `/api/ps`; `expires_at` None is for ever."""
+
+    record: ModelRecord
+    state: EngineState
+    expires_at: datetime | None
+
+
+class Lease:
+    """The right to use a loaded model until `release`; a context manager."""
+
+    def __init__(
+        self, manager: EngineManager, entry: _Entry, load_ns: int, num_ctx: int, warnings: tuple[str, ...]
+    ) -> None:
+        assert entry.engine is not None
+        self.engine: Engine = entry.engine
+        self.load_ns = load_ns
+        self.num_ctx = num_ctx
+        self.warnings = warnings
+        self._manager = manager
+        self._entry: _Entry | None = entry
+
+    def release(self) -> None:
+        """May be called more than once."""
+        if self._entry is not None:
+            entry, self._entry = self._entry, None
+            self._manager._release(entry)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class EngineManager:
+    """One for the process, made by the application factory. All methods are called from greenlets of its hub."""
+
+    def __init__(self, settings: Settings, engine_factory: EngineFactory) -> None:
+        self.draining = False
+        self._settings = settings
+        self._factory = engine_factory
+        self._entries: dict[tuple[str, FileIdentity], _Entry] = {}
+        self._loading = bridge.RLock()  # one load at a time, so that memory is counted once
+        self._released = bridge.Event()
+        self._limit_bytes = settings.memory_limit or free_memory_bytes()
+
+    def acquire(
+        self,
+        record: ModelRecord,
+        options: LoadOptions = LoadOptions(),  # noqa: B008 - frozen
+        *,
+        num_ctx: int | None = None,
+        keep_alive_s: float | None = None,
+    ) -> Lease:
+        """Loads the model if need be. Raises Draining, OutOfMemory, BadModelFile.
+
+        `num_ctx` None is the usual context; more than the model was trained for becomes that, with a warning.
+        """
+        if self.draining:
+            raise Draining("the server is shutting down: try again in a moment.")
+        started_ns = time.perf_counter_ns()
+        entry = self._entry(record, options)
+        entry.references += 1
+        entry.keep_alive_s = self._settings.keep_alive if keep_alive_s is None else keep_alive_s
+        lease = None
+        try:
+            was_ready = entry.ready.is_set()
+            entry.ready.wait()
+            if entry.error is not None:
+                raise entry.error
+            allowed, warnings = self._context(entry, num_ctx)
+            load_ns = 0 if was_ready else time.perf_counter_ns() - started_ns
+            lease = Lease(self, entry, load_ns, allowed, (*warnings, *_unused(entry, options)))
+            return lease
+        finally:
+            if lease is None:
+                self._release(entry)
+
+    def unload(self, record: ModelRecord) -> None:
+        """At once when the model is idle, else when its last request ends. Does nothing when it is not loaded."""
+        entry = self._entries.get((record.path, record.identity))
+        if entry is not None:
+            entry.keep_alive_s = 0.0
+            self._retire_when_idle(entry)
+
+    def loaded(self) -> list[LoadedModel]:
+        return [
+            LoadedModel(entry.record, entry.engine.state(), entry.expires_at)
+            for entry in self._entries.values()
+            if entry.engine is not None
+        ]
+
+    @property
+    def queued(self) -> int:
+        return sum(entry.engine.state().queued for entry in self._entries.values() if entry.engine is not None)
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuses new requests, waits for the running ones, ends what is left with an error."""
+        self.draining = True
+        deadline_s = time.monotonic() + timeout_s
+        while self._busy and time.monotonic() < deadline_s:
+            bridge.sleep(_DRAIN_POLL_S)
+        for entry in self._busy:
+            if entry.engine is not None:
+                entry.engine.end_all(Draining("the server is shutting down before this answer could end."))
+
+    @property
+    def _busy(self) -> list[_Entry]:
+        return [entry for entry in self._entries.values() if entry.references]
+
+    def _entry(self, record: ModelRecord, options: LoadOptions) -> _Entry:
+        key = (record.path, record.identity)
+        if key not in self._entries:
+            entry = self._entries[key] = _Entry(record, options)
+            bridge.spawn(lambda: self._load(entry))
+        return self._entries[key]
+
+    def _load(self, entry: _Entry) -> None:
+        """In a greenlet of its own: a client that leaves must not stop a load that others wait for."""
+        try:
+            with self._loading:
+                if not entry.references:
+                    raise Cancelled
+                entry.plan = self._make_room(entry)
+                _log.info("loading %s: %s", entry.record.name, entry.plan)
+                entry.engine = self._factory(entry.record, entry.options, entry.plan)
+        except RustllamaError as error:
+            entry.error = error
+        finally:
+            if entry.engine is None:
+                entry.error = entry.error or InternalError("the model could not be loaded; the server's log says why.")
+                self._forget(entry)
+            entry.ready.set()
+            if not entry.references:
+                self._retire_when_idle(entry)  # all who waited have left
+
+    def _make_room(self, entry: _Entry) -> MemoryPlan:
+        """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
+        while True:
+            for squeeze in (False, True):
+                try:
+                    return memory.plan(entry.record.info, self._settings, self._available(), squeeze=squeeze)
+                except OutOfMemory as error:
+                    refusal = error
+                if self._evict():
+                    break
+            else:
+                if not any(other.engine is not None for other in self._entries.values()):
+                    raise refusal
+                self._released.clear()
+                self._released.wait()
+
+    def _available(self) -> int:
+        used = sum(e.engine.state().size_bytes for e in self._entries.values() if e.engine is not None)
+        left = self._limit_bytes - used
+        return left if self._settings.memory_limit else min(left, free_memory_bytes())
+
+    def _evict(self) -> bool:
+        idle = [entry for entry in self._entries.values() if entry.idle]
+        if idle:
+            self._retire(min(idle, key=lambda entry: entry.used_at_s))
+        return bool(idle)
+
+    def _context(self, entry: _Entry, num_ctx: int | None) -> tuple[int, tuple[str, ...]]:
+        """How many tokens a request gets, and what it should be told about them."""
+        assert entry.engine is not None
+        assert entry.plan is not None
+        trained = entry.record.info.context_length
+        usual = min(entry.plan.n_ctx, trained or entry.plan.n_ctx)
+        if num_ctx is None:
+            return usual, entry.plan.warnings
+        warnings = entry.plan.warnings
+        if trained and num_ctx > trained:
+            warnings += (f"num_ctx {num_ctx} is more than the model was trained for: {trained} is used",)
+            num_ctx = trained
+        if num_ctx > entry.plan.n_ctx:
+            with self._loading:
+                entry.engine.reserve(num_ctx, self._available())
+        return num_ctx, warnings
+
+    def _release(self, entry: _Entry) -> None:
+        entry.references -= 1
+        entry.used_at_s = time.monotonic()
+        self._retire_when_idle(entry)
+        self._released.set()
+
+    def _retire_when_idle(self, entry: _Entry) -> None:
+        if entry.timer is not None:
+            entry.timer.close()
+            entry.timer = None
+        entry.expires_at = _deadline(entry.keep_alive_s)
+        if not entry.idle:
+            return
+        if entry.keep_alive_s <= 0:
+            self._retire(entry)
+        elif entry.expires_at is not None:
+            entry.timer = bridge.Timer(entry.keep_alive_s, lambda: self._expire(entry))
+
+    def _expire(self, entry: _Entry) -> None:
+        if entry.idle:
+            self._retire(entry)
+
+    def _retire(self, entry: _Entry) -> None:
+        """Frees an idle model. It is forgotten first, so that nobody takes it meanwhile."""
+        engine, entry.engine = entry.engine, None
+        assert engine is not None
+        if entry.timer is not None:
+            entry.timer.close()
+        self._forget(entry)
+        engine.close()
+        self._released.set()
+
+    def _forget(self, entry: _Entry) -> None:
+        key = (entry.record.path, entry.record.identity)
+        if self._entries.get(key) is entry:
+            del self._entries[key]
+
+
+def _deadline(keep_alive_s: float) -> datetime | None:
+    if math.isinf(keep_alive_s):
+        return None
+    return datetime.now(timezone.utc) + timedelta(seconds=min(keep_alive_s, 10**9))
+
+
+def _unused(entry: _Entry, options: LoadOptions) -> tuple[str, ...]:
+    """A model that is loaded is not loaded again for another number of threads or layers: say so."""
+    names = ("num_gpu", "num_thread", "num_batch", "use_mmap")
+    return tuple(
+        f"{name} is fixed when a model is loaded, and this one was loaded with another value"
+        for name in names
+        if getattr(options, name) is not None and getattr(options, name) != getattr(entry.options, name)
+    )

@@ -1,0 +1,92 @@
+"""How many slots of how many tokens a model gets from the memory there is. Pure arithmetic on the header."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rustllama.core import MemoryPlan, ModelInfo
+from rustllama.errors import OutOfMemory
+from rustllama.settings import Settings
+
+SMALLEST_CTX = 2048  # tokens; a smaller context is not worth a load
+MOST_SLOTS = 16
+_KV_ELEMENT_BYTES = 2  # F16
+_CELLS = 256  # llama.cpp pads a stream's cells to this
+_COMFORT_BYTES = 1024**3  # of KV cache: clearing more makes the first answer late
+_GIB = 1024**3
+
+
+def plan(info: ModelInfo, settings: Settings, available_bytes: int, *, squeeze: bool) -> MemoryPlan:
+    """The layout of a model in that much memory; `squeeze` allows shorter contexts, down to SMALLEST_CTX.
+
+    Mapped weights beyond the limit are allowed under `squeeze`, with a warning: the system pages them.
+    Raises OutOfMemory, saying how much is needed and how much there is.
+    """
+    weights = info.size_bytes
+    usual = padded(min(settings.num_ctx, info.context_length or settings.num_ctx))
+    smallest = min(usual, SMALLEST_CTX) if squeeze else usual
+    n_ctx = usual
+    while weights + _lane_bytes(info, settings, n_ctx, 1) > available_bytes and n_ctx > smallest:
+        n_ctx = max(smallest, padded(n_ctx // 2))
+    needed = weights + _lane_bytes(info, settings, n_ctx, 1)
+    if needed > available_bytes:
+        if squeeze and settings.use_mmap and needed - weights <= available_bytes:
+            return MemoryPlan(n_ctx, 1, needed, (_beyond_limit(needed, available_bytes),))
+        raise OutOfMemory(
+            f"the model needs {gib(needed)} with a context of {n_ctx} tokens, and {gib(available_bytes)} are free: "
+            "take a smaller one, stop others, or raise RUSTLLAMA_MEMORY_LIMIT."
+        )
+    warnings = () if n_ctx == usual else (f"memory is short: the context is {n_ctx} tokens instead of {usual}",)
+    return _with_slots(MemoryPlan(n_ctx, 1, needed, warnings), info, settings, available_bytes)
+
+
+def large_lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
+    """What one further slot of that many tokens takes, in a context of its own."""
+    return _lane_bytes(info, settings, n_ctx, 1)
+
+
+def padded(n_ctx: int) -> int:
+    return max(1, -(-n_ctx // _CELLS)) * _CELLS
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / _GIB:.1f} GiB"
+
+
+def _with_slots(one: MemoryPlan, info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:
+    spare = available_bytes - one.size_bytes
+    each = _slot_bytes(info, one.n_ctx)
+    if settings.slots is None:
+        most = min(MOST_SLOTS, 1 + min(spare // 2, max(0, _COMFORT_BYTES - each)) // max(1, each))
+    else:
+        most = min(settings.slots, 1 + spare // max(1, each))
+    size = info.size_bytes + _lane_bytes(info, settings, one.n_ctx, most)
+    while most > 1 and size > available_bytes:
+        most -= 1
+        size = info.size_bytes + _lane_bytes(info, settings, one.n_ctx, most)
+    warnings = one.warnings
+    if settings.slots is not None and most < settings.slots:
+        warnings += (f"memory is short: {most} slots instead of {settings.slots}",)
+    return replace(one, n_slots=most, size_bytes=size, warnings=warnings)
+
+
+def _lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int, n_slots: int) -> int:
+    return n_slots * _slot_bytes(info, n_ctx) + _buffer_bytes(info, settings.num_batch, n_slots)
+
+
+def _slot_bytes(info: ModelInfo, n_ctx: int) -> int:
+    """KV cache and recurrent state of a sequence; sliding-window layers are counted as full ones."""
+    per_token = sum(info.head_count_kv) * (info.key_length + info.value_length) * _KV_ELEMENT_BYTES
+    return n_ctx * per_token + info.recurrent_state_bytes
+
+
+def _buffer_bytes(info: ModelInfo, n_batch: int, n_slots: int) -> int:
+    """llama.cpp's compute buffer, estimated: about 24 activations of the width for each row, and the logits."""
+    return 4 * (24 * n_batch * info.embedding_length + 2 * n_slots * info.vocabulary_size)
+
+
+def _beyond_limit(needed: int, available_bytes: int) -> str:
+    return (
+        f"the model needs {gib(needed)} and {gib(available_bytes)} are free: "
+        "its weights are read from disk again and again, which is slow"
+    )

@@ -1,0 +1,156 @@
+"""Carries out a batch in the native thread: arranges the slots, decodes, samples, and runs ahead while nobody waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from rustllama import bridge
+from rustllama.core import Delta
+from rustllama.engine.native import Aborted, Context, Model, Sampler
+from rustllama.engine.sampling import chain, penalized_tokens
+from rustllama.engine.scheduler import Batch, Chunk, Clear, Move, Outcome, Swap
+from rustllama.engine.sequence import Phase, Sequence
+from rustllama.errors import InternalError
+
+Deltas = list[tuple[Sequence, Delta]]
+
+
+class Runner:
+    """`run` belongs to the native thread; the hub sets `interrupted` and calls `abort`."""
+
+    def __init__(
+        self, model: Model, context: Context, emit: Callable[[Deltas], None], go_on: Callable[[], bool]
+    ) -> None:
+        """`emit` gets each step's deltas; `go_on` tells, after a step, whether to run ahead."""
+        self.interrupted = False
+        self._model = model
+        self._context = context
+        self._emit = emit
+        self._go_on = go_on
+        self._samplers: dict[Sequence, Sampler] = {}
+        self._alone: Sequence | None = None  # whose prompt call runs now, and carries nobody else
+        self._lock = bridge.native_lock()
+
+    def run(self, batch: Batch) -> Outcome:
+        """One step, and further decode steps while nothing else is to be done."""
+        self._arrange(batch)
+        started_ns = time.perf_counter_ns()
+        while batch.decode:
+            ended = self._decode(batch.decode)
+            decoded_ns = time.perf_counter_ns()
+            if batch.prompt or ended or self.interrupted or not self._go_on():
+                break
+            started_ns = decoded_ns
+        else:
+            decoded_ns = started_ns
+        tokens = self._prompt(batch.prompt) if batch.prompt else 0
+        return Outcome(decoded_ns - started_ns, time.perf_counter_ns() - decoded_ns, tokens)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends the prompt call that carries this sequence alone, if it runs; called in the hub."""
+        with self._lock:
+            if self._alone is sequence:
+                self._context.abort()
+
+    def check_integrity(self, slots: list[Sequence | None]) -> None:
+        """Our record of each slot is llama.cpp's. Called in the native thread, between two batches."""
+        for slot, sequence in enumerate(slots):
+            last = self._context.bounds(slot)[1]
+            assert last == (sequence.computed if sequence else 0) - 1, f"slot {slot}: {last}, recorded {sequence}"
+        assert set(self._samplers) <= set(slots), "a sampler outlives its sequence"
+
+    def reset(self) -> None:
+        """Empties every slot, after a failure."""
+        for slot in range(self._context.n_slots):
+            self._context.clear(slot)
+        self.close()
+
+    def close(self) -> None:
+        while self._samplers:
+            self._samplers.popitem()[1].close()
+
+    def _arrange(self, batch: Batch) -> None:
+        for change in batch.arrange:
+            match change:
+                case Clear(slot, sequence):
+                    self._context.clear(slot)
+                    if sequence in self._samplers:
+                        self._samplers.pop(sequence).close()
+                case Move(source, target):
+                    self._context.move(source, target)
+                case Swap(one, other):
+                    self._context.swap(one, other)
+
+    def _decode(self, sequences: tuple[Sequence, ...]) -> bool:
+        """A token for each sequence; whether any has ended."""
+        tokens = [sequence.tokens[-1] for sequence in sequences]
+        positions = [len(sequence.tokens) - 1 for sequence in sequences]
+        self._context.decode(tokens, positions, range(len(sequences)), True)
+        deltas: Deltas = []
+        now_ns = time.perf_counter_ns()
+        for row, sequence in enumerate(sequences):
+            sequence.computed += 1
+            deltas.append((sequence, self._sample(sequence, row, now_ns)))
+        self._emit(deltas)
+        return any(sequence.over for sequence in sequences)
+
+    def _sample(self, sequence: Sequence, row: int, now_ns: int) -> Delta:
+        token = self._context.sample(self._samplers[sequence], row)
+        return sequence.accept(token, self._model.answer_piece(token), now_ns)
+
+    def _prompt(self, chunks: tuple[Chunk, ...]) -> int:
+        """Computes the chunks in one call; prompts that are complete with it give their first token."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        finished: list[tuple[Sequence, int]] = []
+        for chunk in chunks:
+            start = chunk.sequence.computed
+            tokens += chunk.sequence.tokens[start : start + chunk.count]
+            positions += range(start, start + chunk.count)
+            slots += [chunk.slot] * chunk.count
+            if chunk.count == chunk.sequence.prompt_remaining:
+                finished.append((chunk.sequence, len(tokens) - 1))
+        outputs = np.zeros(len(tokens), np.int8)
+        outputs[[row for _, row in finished]] = 1
+        if not self._call(chunks, tokens, positions, slots, outputs):
+            return 0
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        self._emit([(sequence, self._first_token(sequence, row)) for sequence, row in finished])
+        return len(tokens)
+
+    def _call(
+        self,
+        chunks: tuple[Chunk, ...],
+        tokens: list[int],
+        positions: list[int],
+        slots: list[int],
+        outputs: np.ndarray[tuple[int], np.dtype[np.int8]],
+    ) -> bool:
+        """False when the call was aborted: its only sequence is cancelled, and cleared by the next plan."""
+        with self._lock:
+            self._alone = chunks[0].sequence if len(chunks) == 1 else None
+        try:
+            self._context.decode(tokens, positions, slots, outputs)
+            return True
+        except Aborted:
+            return False
+        finally:
+            with self._lock:
+                self._alone = None
+                self._context.rearm()
+
+    def _first_token(self, sequence: Sequence, row: int) -> Delta:
+        if not np.isfinite(self._context.logits(row).max()):
+            raise InternalError("the model computes no finite numbers; its file is damaged or its quantization unfit.")
+        params = sequence.request.sampling
+        stages = chain(params, vocabulary_size=self._model.n_vocab, context_length=sequence.request.num_ctx)
+        self._samplers[sequence] = sampler = Sampler(stages)
+        last_n = penalized_tokens(params, sequence.request.num_ctx)
+        sampler.accept(sequence.tokens[-last_n:] if last_n else ())
+        sequence.phase = Phase.DECODE
+        return self._sample(sequence, row, time.perf_counter_ns())

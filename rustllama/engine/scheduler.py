@@ -1,0 +1,197 @@
+"""Decides each step: which sequences hold which slots, which of them decode, and which prompt tokens are computed.
+
+Pure Python in the hub: no llama.cpp, no threads, no clock. `plan()` is the policy, the runner carries it out.
+Continuous batching after Orca (Yu et al., 2022), stall-free prefill after Sarathi-Serve (Agrawal et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rustllama.engine.sequence import Phase, Sequence
+from rustllama.errors import Busy, Cancelled, RustllamaError
+
+_NS_PER_MS = 1_000_000
+_FIRST_CHUNK = 64  # tokens, before the cost of a prompt is known
+_SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
+_ALONE_MS = 1_000  # what one prompt call may take when nobody waits for its next token
+_LEARNING_RATE = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """The slot's sequence has ended."""
+
+    slot: int
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The state in `source` goes to the empty `target`."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    one: int
+    other: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `count` tokens of a prompt."""
+
+    sequence: Sequence
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: arrange the slots, then one decode call, then one prompt call.
+
+    `decode[i]` is in slot i, so that its rows are adjacent; `prompt` is in the order of slots.
+    """
+
+    arrange: tuple[Clear | Move | Swap, ...]
+    decode: tuple[Sequence, ...]
+    prompt: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the last step of a batch took."""
+
+    decode_ns: int = 0
+    prompt_ns: int = 0
+    prompt_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The slots and the queue of one context. All methods are called in the hub, between two steps or during one."""
+
+    n_slots: int
+    n_batch: int
+    max_queue: int
+    gap_ms: float
+    queue: deque[Sequence] = field(default_factory=deque)
+    slots: list[Sequence | None] = field(default_factory=list)
+    decode_ms: float = 0.0
+    prompt_ms_per_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.slots = [None] * self.n_slots
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises Busy. A sequence that finds a free slot does not count as waiting."""
+        if len(self.queue) >= self.max_queue + self._free:
+            raise Busy("server busy, please try again. maximum pending requests exceeded")
+        self.queue.append(sequence)
+
+    def cancel(self, sequence: Sequence, reason: RustllamaError | None = None) -> None:
+        """Ends a sequence in any phase; its reader gets the reason. A slot is cleared by the next plan."""
+        if sequence.over:
+            return
+        if sequence.phase is Phase.QUEUED:
+            self.queue.remove(sequence)
+        sequence.cancelled = True
+        sequence.outlet.put(reason or Cancelled())
+
+    def end_all(self, reason: RustllamaError) -> None:
+        for sequence in [*self.queue, *self.running]:
+            self.cancel(sequence, reason)
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [sequence for sequence in self.slots if sequence is not None and not sequence.over]
+
+    @property
+    def can_admit(self) -> bool:
+        return bool(self.queue) and self._free > 0
+
+    @property
+    def must_clear(self) -> bool:
+        return any(sequence is not None and sequence.over for sequence in self.slots)
+
+    @property
+    def _free(self) -> int:
+        return self.n_slots - len(self.running)
+
+    def plan(self, now_ns: int) -> Batch | None:
+        """The next step, or None when there is nothing to do."""
+        arrange = (*self._clear(), *self._close_ranks())
+        self._admit(now_ns)
+        decode = tuple(s for s in self.slots if s is not None and s.phase is Phase.DECODE)
+        prompt = tuple(self._chunks(self._prompt_budget(bool(decode)), now_ns))
+        return Batch(arrange, decode, prompt) if arrange or decode or prompt else None
+
+    def apply(self, outcome: Outcome) -> None:
+        """Learns what a step costs."""
+        if outcome.decode_ns:
+            self.decode_ms = _learn(self.decode_ms, outcome.decode_ns / _NS_PER_MS)
+        if outcome.prompt_tokens:
+            cost = outcome.prompt_ns / _NS_PER_MS / outcome.prompt_tokens
+            self.prompt_ms_per_token = _learn(self.prompt_ms_per_token, cost)
+
+    def _clear(self) -> Iterator[Clear]:
+        for slot, sequence in enumerate(self.slots):
+            if sequence is not None and sequence.over:
+                self.slots[slot] = None
+                yield Clear(slot, sequence)
+
+    def _close_ranks(self) -> Iterator[Move | Swap]:
+        """Decoding sequences get the lowest slots, the others follow: llama.cpp batches only neighbours."""
+        for phases in ((Phase.DECODE,), (Phase.DECODE, Phase.PREFILL)):
+            belongs = [sequence is not None and sequence.phase in phases for sequence in self.slots]
+            low, high = 0, self.n_slots - 1
+            while True:
+                low = next((i for i in range(low, self.n_slots) if not belongs[i]), self.n_slots)
+                high = next((i for i in range(high, -1, -1) if belongs[i]), -1)
+                if low > high:
+                    break
+                yield Move(high, low) if self._is_empty(low) else Swap(low, high)
+                self.slots[low], self.slots[high] = self.slots[high], self.slots[low]
+                belongs[low], belongs[high] = True, False
+
+    def _is_empty(self, slot: int) -> bool:
+        sequence = self.slots[slot]
+        return sequence is None or not sequence.computed
+
+    def _admit(self, now_ns: int) -> None:
+        for slot, holder in enumerate(self.slots):
+            if holder is None and self.queue:
+                self.slots[slot] = sequence = self.queue.popleft()
+                sequence.phase, sequence.admitted_ns = Phase.PREFILL, now_ns
+
+    def _prompt_budget(self, decoding: bool) -> int:
+        """Tokens: what keeps the gap between two tokens of the running streams near the target."""
+        if not self.prompt_ms_per_token:
+            return min(_FIRST_CHUNK, self.n_batch)
+        target_ms = max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms if decoding else _ALONE_MS
+        tokens = int(target_ms / self.prompt_ms_per_token)
+        return max(_SMALLEST_CHUNK, min(tokens // _SMALLEST_CHUNK * _SMALLEST_CHUNK, self.n_batch))
+
+    def _chunks(self, budget: int, now_ns: int) -> list[Chunk]:
+        waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
+        chunks = []
+        for slot, sequence in sorted(waiting, key=lambda item: self._urgency_ms(item[1], now_ns)):
+            count = min(sequence.prompt_remaining, budget)
+            if count > 0:
+                chunks.append(Chunk(sequence, slot, count))
+                budget -= count
+        return sorted(chunks, key=lambda chunk: chunk.slot)
+
+    def _urgency_ms(self, sequence: Sequence, now_ns: int) -> float:
+        """Shortest remaining prompt first, but who waits longer than a prompt takes comes before it."""
+        waited_ms = (now_ns - sequence.admitted_ns) / _NS_PER_MS
+        return sequence.prompt_remaining * self.prompt_ms_per_token - waited_ms
+
+
+def _learn(known: float, seen: float) -> float:
+    return seen if not known else known + _LEARNING_RATE * (seen - known)

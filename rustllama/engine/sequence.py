@@ -1,0 +1,87 @@
+"""One request on its way through the engine: its tokens, its place, its answer."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rustllama.core import Delta, FinishReason, GenerateRequest, Usage
+from rustllama.engine.detokenizer import Detokenizer
+
+
+class Phase(enum.Enum):
+    QUEUED = "queued"  # has no slot
+    PREFILL = "prefill"  # a part of the prompt is still to be computed
+    DECODE = "decode"  # each step gives a token
+    ENDED = "ended"  # its slot is cleared by the next plan
+
+
+class Outlet(Protocol):
+    """Where the answer goes; an exception ends it."""
+
+    def put(self, item: Delta | Exception) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Changed by the hub while no step runs, and by the native thread during a step."""
+
+    request: GenerateRequest
+    outlet: Outlet
+    arrived_ns: int
+    phase: Phase = Phase.QUEUED
+    cancelled: bool = False  # set by the hub at any time; the native thread never resets it
+    tokens: list[int] = field(default_factory=list)  # prompt and answer
+    computed: int = 0  # how many of the tokens llama.cpp's memory holds
+    admitted_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    detokenizer: Detokenizer = field(default_factory=Detokenizer)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.detokenizer = Detokenizer(self.request.stop)
+
+    @property
+    def over(self) -> bool:
+        return self.cancelled or self.phase is Phase.ENDED
+
+    @property
+    def prompt_remaining(self) -> int:
+        return len(self.request.prompt) - self.computed
+
+    @property
+    def answered(self) -> int:
+        """Tokens generated, an end-of-generation token included."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def accept(self, token: int, piece: bytes | None, now_ns: int) -> Delta:
+        """Takes a sampled token; `piece` None is the end of the generation. Returns what the client may see now."""
+        if not self.first_token_ns:
+            self.first_token_ns = now_ns
+        self.last_token_ns = now_ns
+        self.tokens.append(token)
+        text = "" if piece is None else self.detokenizer.push(piece)
+        finish = self._finish(piece is None)
+        if finish is None:
+            return Delta(text)
+        self.phase = Phase.ENDED
+        return Delta(text + self.detokenizer.flush(), finish, self.usage())
+
+    def _finish(self, ended: bool) -> FinishReason | None:
+        if ended or self.detokenizer.stopped:
+            return FinishReason.STOP
+        limit = self.request.max_tokens
+        if (limit is not None and self.answered >= limit) or len(self.tokens) >= self.request.num_ctx:
+            return FinishReason.LENGTH
+        return None
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self.answered,
+            queue_ns=self.admitted_ns - self.arrived_ns,
+            prompt_ns=self.first_token_ns - self.admitted_ns,
+            eval_ns=self.last_token_ns - self.first_token_ns,
+        )
