@@ -67,6 +67,11 @@ class Lane:
     def queued(self) -> int:
         return len(self._scheduler.queue)
 
+    @property
+    def clearing(self) -> bool:
+        """Whether slots of ended sequences are still to be cleared."""
+        return self._scheduler.must_clear
+
     def submit(self, request: GenerateRequest) -> LaneStream:
         """Raises Busy."""
         mailbox: bridge.Mailbox[Delta] = bridge.Mailbox()

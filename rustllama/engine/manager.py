@@ -11,10 +11,10 @@ from datetime import datetime, timedelta, timezone
 from types import TracebackType
 
 from rustllama import bridge
-from rustllama.core import Engine, EngineState, FileIdentity, LoadOptions, MemoryPlan, ModelRecord
+from rustllama.core import Engine, EngineState, FileIdentity, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
 from rustllama.engine import memory
 from rustllama.engine.machine import free_memory_bytes
-from rustllama.errors import Cancelled, Draining, InternalError, OutOfMemory, RustllamaError
+from rustllama.errors import Cancelled, Draining, InternalError, RustllamaError
 from rustllama.settings import Settings
 
 EngineFactory = Callable[[ModelRecord, LoadOptions, MemoryPlan], Engine]
@@ -170,7 +170,7 @@ class EngineManager:
             with self._loading:
                 if not entry.references:
                     raise Cancelled
-                entry.plan = self._make_room(entry)
+                entry.plan = self._make_room(entry.record.info)
                 _log.info("loading %s: %s", entry.record.name, entry.plan)
                 entry.engine = self._factory(entry.record, entry.options, entry.plan)
         except RustllamaError as error:
@@ -183,21 +183,20 @@ class EngineManager:
             if not entry.references:
                 self._retire_when_idle(entry)  # all who waited have left
 
-    def _make_room(self, entry: _Entry) -> MemoryPlan:
+    def _make_room(self, info: ModelInfo) -> MemoryPlan:
         """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
         while True:
-            for squeeze in (False, True):
-                try:
-                    return memory.plan(entry.record.info, self._settings, self._available(), squeeze=squeeze)
-                except OutOfMemory as error:
-                    refusal = error
-                if self._evict():
-                    break
-            else:
-                if not any(other.engine is not None for other in self._entries.values()):
-                    raise refusal
-                self._released.clear()
-                self._released.wait()
+            available = self._available()
+            plan = memory.plan(info, self._settings, available, squeeze=False)
+            if plan is None and self._evict():
+                continue
+            plan = plan or memory.plan(info, self._settings, available, squeeze=True)
+            if plan is not None:
+                return plan
+            if not self.loaded():
+                return memory.mapped_plan(info, self._settings, available)
+            self._released.clear()
+            self._released.wait()
 
     def _available(self) -> int:
         used = sum(e.engine.state().size_bytes for e in self._entries.values() if e.engine is not None)

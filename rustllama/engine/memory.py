@@ -16,28 +16,37 @@ _COMFORT_BYTES = 1024**3  # of KV cache: clearing more makes the first answer la
 _GIB = 1024**3
 
 
-def plan(info: ModelInfo, settings: Settings, available_bytes: int, *, squeeze: bool) -> MemoryPlan:
-    """The layout of a model in that much memory; `squeeze` allows shorter contexts, down to SMALLEST_CTX.
-
-    Mapped weights beyond the limit are allowed under `squeeze`, with a warning: the system pages them.
-    Raises OutOfMemory, saying how much is needed and how much there is.
-    """
-    weights = info.size_bytes
-    usual = padded(min(settings.num_ctx, info.context_length or settings.num_ctx))
+def plan(info: ModelInfo, settings: Settings, available_bytes: int, *, squeeze: bool) -> MemoryPlan | None:
+    """The layout of a model in that much memory, or None; `squeeze` allows contexts down to SMALLEST_CTX."""
+    usual = _usual_ctx(info, settings)
     smallest = min(usual, SMALLEST_CTX) if squeeze else usual
     n_ctx = usual
-    while weights + _lane_bytes(info, settings, n_ctx, 1) > available_bytes and n_ctx > smallest:
+    while _needed_bytes(info, settings, n_ctx) > available_bytes and n_ctx > smallest:
         n_ctx = max(smallest, padded(n_ctx // 2))
-    needed = weights + _lane_bytes(info, settings, n_ctx, 1)
+    needed = _needed_bytes(info, settings, n_ctx)
     if needed > available_bytes:
-        if squeeze and settings.use_mmap and needed - weights <= available_bytes:
-            return MemoryPlan(n_ctx, 1, needed, (_beyond_limit(needed, available_bytes),))
+        return None
+    warnings = () if n_ctx == usual else (f"memory is short: the context is {n_ctx} tokens instead of {usual}",)
+    return _with_slots(MemoryPlan(n_ctx, 1, needed, warnings), info, settings, available_bytes)
+
+
+def mapped_plan(info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:
+    """The smallest layout, with mapped weights beyond the limit: the system pages them.
+
+    Raises OutOfMemory, saying how much is needed and how much there is.
+    """
+    n_ctx = min(_usual_ctx(info, settings), SMALLEST_CTX)
+    needed = _needed_bytes(info, settings, n_ctx)
+    if not settings.use_mmap or needed - info.size_bytes > available_bytes:
         raise OutOfMemory(
             f"the model needs {gib(needed)} with a context of {n_ctx} tokens, and {gib(available_bytes)} are free: "
             "take a smaller one, stop others, or raise RUSTLLAMA_MEMORY_LIMIT."
         )
-    warnings = () if n_ctx == usual else (f"memory is short: the context is {n_ctx} tokens instead of {usual}",)
-    return _with_slots(MemoryPlan(n_ctx, 1, needed, warnings), info, settings, available_bytes)
+    warning = (
+        f"the model needs {gib(needed)} and {gib(available_bytes)} are free: "
+        "its weights are read from disk again and again, which is slow"
+    )
+    return MemoryPlan(n_ctx, 1, needed, (warning,))
 
 
 def large_lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
@@ -51,6 +60,10 @@ def padded(n_ctx: int) -> int:
 
 def gib(size_bytes: int) -> str:
     return f"{size_bytes / _GIB:.1f} GiB"
+
+
+def _usual_ctx(info: ModelInfo, settings: Settings) -> int:
+    return padded(min(settings.num_ctx, info.context_length or settings.num_ctx))
 
 
 def _with_slots(one: MemoryPlan, info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:
@@ -70,6 +83,10 @@ def _with_slots(one: MemoryPlan, info: ModelInfo, settings: Settings, available_
     return replace(one, n_slots=most, size_bytes=size, warnings=warnings)
 
 
+def _needed_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
+    return info.size_bytes + _lane_bytes(info, settings, n_ctx, 1)
+
+
 def _lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int, n_slots: int) -> int:
     return n_slots * _slot_bytes(info, n_ctx) + _buffer_bytes(info, settings.num_batch, n_slots)
 
@@ -83,10 +100,3 @@ def _slot_bytes(info: ModelInfo, n_ctx: int) -> int:
 def _buffer_bytes(info: ModelInfo, n_batch: int, n_slots: int) -> int:
     """llama.cpp's compute buffer, estimated: about 24 activations of the width for each row, and the logits."""
     return 4 * (24 * n_batch * info.embedding_length + 2 * n_slots * info.vocabulary_size)
-
-
-def _beyond_limit(needed: int, available_bytes: int) -> str:
-    return (
-        f"the model needs {gib(needed)} and {gib(available_bytes)} are free: "
-        "its weights are read from disk again and again, which is slow"
-    )

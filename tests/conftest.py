@@ -1,0 +1,81 @@
+"""What many tests share: a real server in a process of its own, and toy models."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.toys import GEMMA3, LLAMA, MAMBA, write_toy
+
+SHAPES = {"llama": LLAMA, "gemma3": GEMMA3, "mamba": MAMBA}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running `rustllama serve`."""
+
+    url: str
+    home: Path
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def worker_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def stop(self) -> int:
+        """Ends it gracefully and returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(timeout=60)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return status
+
+
+def start_server(home: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Server:
+    """`rustllama serve` on a free loopback port, with a state folder of its own; returns when it is ready."""
+    home.mkdir(exist_ok=True)
+    log = home / "serve.log"
+    variables = {**os.environ, "RUSTLLAMA_HOME": str(home), "RUSTLLAMA_HOST": "127.0.0.1:0", **(environ or {})}
+    with log.open("a") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rustllama", "serve", *arguments],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    if not found:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"the server did not start: {line}{log.read_text()}")
+    return Server(found.group(), home, process, log)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that change nothing of it; it has the bundled model, `demo`."""
+    running = start_server(tmp_path_factory.mktemp("home"))
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """F32 toys by architecture: full attention, sliding window, recurrent."""
+    folder = tmp_path_factory.mktemp("toys")
+    return {name: write_toy(folder / f"{name}.gguf", shape) for name, shape in SHAPES.items()}

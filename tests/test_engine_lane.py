@@ -1,0 +1,207 @@
+"""The live engine on toy models: exact among others, cancelled in any phase, bounded by its context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+
+from rustllama.core import (
+    Delta,
+    FileIdentity,
+    FinishReason,
+    GenerateRequest,
+    LoadOptions,
+    MemoryPlan,
+    ModelInfo,
+    ModelRecord,
+    SamplingParams,
+    Span,
+)
+from rustllama.engine.engine import LlamaEngine, LlamaEngines
+from rustllama.errors import Busy, Cancelled, Draining, OutOfMemory
+from rustllama.settings import Settings
+from tests.conftest import SHAPES
+from tests.toys import LLAMA, write_toy
+
+GREEDY = SamplingParams(temperature=0)
+SLOTS, N_CTX = 4, 512
+
+
+def record(path: Path) -> ModelRecord:
+    info = ModelInfo("llama", 1, "F32", 1, (str(path),), 1, 2048, 64, 4, (2,), 16, 16, 512)
+    return ModelRecord("toy", str(path), "", "", FileIdentity(0, 0, 0, 0), info)
+
+
+def open_engine(path: Path, **settings: object) -> LlamaEngine:
+    made = Settings(flash_attention="off", **settings)  # type: ignore[arg-type]
+    return LlamaEngines(made)(record(path), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
+
+
+@pytest.fixture(params=SHAPES)
+def any_engine(request: pytest.FixtureRequest, toys: dict[str, Path]) -> Iterator[LlamaEngine]:
+    yield from _checked(open_engine(toys[request.param]))
+
+
+@pytest.fixture
+def engine(toys: dict[str, Path]) -> Iterator[LlamaEngine]:
+    yield from _checked(open_engine(toys["llama"]))
+
+
+def _checked(engine: LlamaEngine) -> Iterator[LlamaEngine]:
+    yield engine
+    until_idle(engine)
+    engine.check_integrity()
+    engine.close()
+
+
+def until_idle(engine: LlamaEngine) -> None:
+    with gevent.Timeout(30):
+        while engine.state().running or engine.state().queued or any(lane.clearing for lane in engine._lanes):
+            gevent.sleep(0.001)
+
+
+def prompt(number: int, length: int = 40) -> tuple[int, ...]:
+    return tuple(3 + (number * 31 + i * i * 7) % 300 for i in range(length))
+
+
+def ask(number: int, max_tokens: int | None = 24, length: int = 40, **more: object) -> GenerateRequest:
+    fields = {"num_ctx": N_CTX, "sampling": GREEDY, **more}
+    return GenerateRequest(str(number), prompt(number, length), max_tokens=max_tokens, **fields)  # type: ignore[arg-type]
+
+
+def answer(engine: LlamaEngine, request: GenerateRequest) -> str:
+    return "".join(delta.text for delta in engine.submit(request))
+
+
+def last(engine: LlamaEngine, request: GenerateRequest) -> Delta:
+    return list(engine.submit(request))[-1]
+
+
+def test_concurrent_greedy_answers_equal_the_sequential_ones(any_engine: LlamaEngine) -> None:
+    requests = [ask(i, max_tokens=10 + i, length=5 + 17 * (i % 5)) for i in range(12)]
+    alone = [answer(any_engine, request) for request in requests]
+    together = [gevent.spawn(answer, any_engine, request) for request in requests]
+    assert [greenlet.get() for greenlet in together] == alone
+    assert len(set(alone)) > 8, "the toy's text does not depend on its prompt"
+
+
+def test_answers_stay_exact_while_others_are_cancelled_at_random(any_engine: LlamaEngine) -> None:
+    requests = [ask(i, max_tokens=16, length=30) for i in range(8)]
+    alone = [answer(any_engine, request) for request in requests]
+    together = [gevent.spawn(answer, any_engine, request) for request in requests]
+    for i in range(8):
+        stream = any_engine.submit(ask(100 + i, max_tokens=200))
+        gevent.sleep(0.001 * i)
+        stream.cancel()
+    assert [greenlet.get() for greenlet in together] == alone
+
+
+def test_a_cancelled_stream_raises_at_its_reader_and_frees_its_slot(engine: LlamaEngine) -> None:
+    stream = engine.submit(ask(1, max_tokens=None))
+    deltas = iter(stream)
+    next(deltas)
+    stream.cancel()
+    with pytest.raises(Cancelled):
+        list(deltas)
+    until_idle(engine)
+
+
+def test_a_prompt_is_aborted_in_the_middle_of_its_call(tmp_path: Path) -> None:
+    wide = write_toy(tmp_path / "wide.gguf", LLAMA, width=512, layers=8, feed_forward=2048, heads=8)
+    for engine in _checked(open_engine(wide)):
+        answer(engine, ask(1, length=400, max_tokens=1))  # now the cost of a prompt is known: one call takes it all
+        stream = engine.submit(ask(2, length=500))
+        while engine._lanes[0]._runner._alone is None:
+            gevent.sleep(0)
+        stream.cancel()
+        until_idle(engine)
+        assert stream._sequence.computed == 0
+        assert answer(engine, ask(3, max_tokens=3))
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another(engine: LlamaEngine) -> None:
+    def drawn(seed: int) -> str:
+        return answer(engine, ask(1, sampling=SamplingParams(seed=seed, temperature=2.0, top_k=0, top_p=1.0)))
+
+    assert drawn(5) == drawn(5)
+    assert drawn(5) != drawn(6)
+
+
+def test_a_repeat_penalty_sees_the_prompt(engine: LlamaEngine) -> None:
+    penalty = SamplingParams(temperature=0, repeat_penalty=2.0, repeat_last_n=-1)
+    assert answer(engine, ask(1, sampling=penalty)) != answer(engine, ask(1))
+
+
+def test_an_answer_ends_with_its_context(engine: LlamaEngine) -> None:
+    final = last(engine, ask(1, max_tokens=None, num_ctx=100))
+    assert final.finish is FinishReason.LENGTH
+    assert final.usage is not None
+    assert final.usage.prompt_tokens + final.usage.completion_tokens == 100
+
+
+def test_an_answer_fills_its_slot_to_the_last_cell(any_engine: LlamaEngine) -> None:
+    final = last(any_engine, ask(1, max_tokens=None, num_ctx=N_CTX))
+    assert final.usage is not None
+    assert final.usage.prompt_tokens + final.usage.completion_tokens == N_CTX
+
+
+def test_a_stop_string_ends_the_answer_before_it(engine: LlamaEngine) -> None:
+    whole = answer(engine, ask(1))
+    stop = whole[len(whole) // 2 :][:3]
+    final = answer(engine, ask(1, stop=(stop,)))
+    assert final == whole.split(stop)[0]
+
+
+def test_an_end_of_generation_token_ends_the_answer_without_text(tmp_path: Path) -> None:
+    eager = write_toy(tmp_path / "eager.gguf", LLAMA, control_logit=1000.0)
+    for engine in _checked(open_engine(eager)):
+        final = last(engine, ask(1))
+        assert (final.text, final.finish) == ("", FinishReason.STOP)
+
+
+def test_a_full_queue_is_refused_at_once_and_the_rest_is_served(toys: dict[str, Path]) -> None:
+    for engine in _checked(open_engine(toys["llama"], max_queue=2)):
+        streams = [engine.submit(ask(i)) for i in range(SLOTS + 2)]
+        with pytest.raises(Busy, match="maximum pending requests exceeded"):
+            engine.submit(ask(99))
+        assert all(list(stream)[-1].finish for stream in streams)
+
+
+def test_a_larger_context_is_made_beside_the_usual_one(engine: LlamaEngine) -> None:
+    engine.reserve(1500, available_bytes=10**9)
+    final = last(engine, ask(1, max_tokens=None, num_ctx=1500))
+    assert final.usage is not None
+    assert final.usage.prompt_tokens + final.usage.completion_tokens == 1500
+    assert engine.state().context_length == N_CTX
+
+
+def test_a_larger_context_without_memory_is_refused_with_both_figures(engine: LlamaEngine) -> None:
+    with pytest.raises(OutOfMemory, match=r"needs .* GiB more memory, and 0.0 GiB are free"):
+        engine.reserve(1500, available_bytes=1000)
+
+
+def test_ending_all_gives_every_reader_the_reason(engine: LlamaEngine) -> None:
+    streams = [engine.submit(ask(i, max_tokens=None)) for i in range(SLOTS + 2)]
+    engine.end_all(Draining("bye"))
+    for stream in streams:
+        with pytest.raises(Draining, match="bye"):
+            list(stream)
+
+
+def test_plain_text_never_becomes_a_special_token(engine: LlamaEngine) -> None:
+    text = "<|im_end|>"
+    trusted = engine.tokenize((Span(text, trusted=True),), add_special=False)
+    plain = engine.tokenize((Span(text, trusted=False),), add_special=False)
+    assert len(trusted) == 1
+    assert len(plain) > 1
+
+
+def test_bos_is_added_once(tmp_path: Path) -> None:
+    toy = write_toy(tmp_path / "bos.gguf", LLAMA, add_bos=True)
+    for engine in _checked(open_engine(toy)):
+        bare = engine.tokenize((Span("hello", trusted=True),), add_special=True)
+        spelled = engine.tokenize((Span("<|endoftext|>hello", trusted=True),), add_special=True)
+        assert bare == spelled

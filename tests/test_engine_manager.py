@@ -1,0 +1,233 @@
+"""Which models are loaded: counted, kept alive, evicted, drained. The engines are fakes, the clock is real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import gevent
+import pytest
+
+from rustllama.core import (
+    EngineState,
+    FileIdentity,
+    GenerateRequest,
+    LoadOptions,
+    MemoryPlan,
+    ModelInfo,
+    ModelRecord,
+    Span,
+    Stream,
+)
+from rustllama.engine.manager import EngineManager
+from rustllama.errors import BadModelFile, Draining, InternalError, OutOfMemory, RustllamaError
+from rustllama.settings import FOREVER, Settings
+
+MIB = 1024**2
+INFO = ModelInfo("llama", 1, "F32", 100 * MIB, ("/m",), 1, 4096, 64, 4, (2,), 16, 16, 512)
+
+
+def record(name: str) -> ModelRecord:
+    return ModelRecord(name, f"/models/{name}.gguf", "", "", FileIdentity(0, hash(name), 0, 0), INFO)
+
+
+@dataclass(slots=True, eq=False)
+class FakeEngine:
+    record: ModelRecord
+    plan: MemoryPlan
+    reserved: int = 0
+    closed: bool = False
+    ended: RustllamaError | None = None
+
+    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def submit(self, request: GenerateRequest) -> Stream:
+        raise NotImplementedError
+
+    def reserve(self, num_ctx: int, available_bytes: int) -> None:
+        self.reserved = num_ctx
+
+    def state(self) -> EngineState:
+        return EngineState(self.plan.n_ctx, self.plan.n_slots, 0, 0, self.plan.size_bytes, 0)
+
+    def end_all(self, reason: RustllamaError) -> None:
+        self.ended = reason
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+@dataclass(slots=True)
+class Factory:
+    """Remembers what it made; `before` runs inside each load."""
+
+    made: list[FakeEngine] = field(default_factory=list)
+    before: Callable[[], None] = lambda: None
+
+    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
+        self.before()
+        self.made.append(FakeEngine(record, plan))
+        return self.made[-1]
+
+
+def manager(factory: Factory, limit_mib: int = 250, **settings: object) -> EngineManager:
+    return EngineManager(Settings(memory_limit=limit_mib * MIB, **settings), factory)  # type: ignore[arg-type]
+
+
+def names(made: EngineManager) -> list[str]:
+    return [loaded.record.name for loaded in made.loaded()]
+
+
+def test_many_who_want_one_model_share_one_load() -> None:
+    factory = Factory(before=lambda: gevent.sleep(0.01))
+    made = manager(factory)
+    leases = [g.get() for g in [gevent.spawn(made.acquire, record("a")) for _ in range(5)]]
+    assert len(factory.made) == 1
+    assert all(lease.load_ns > 0 for lease in leases)
+    assert made.acquire(record("a")).load_ns == 0
+
+
+def test_an_idle_model_stays_until_its_keep_alive_ends() -> None:
+    made = manager(factory := Factory())
+    made.acquire(record("a"), keep_alive_s=0.01).release()
+    assert names(made) == ["a"]
+    with gevent.Timeout(5):
+        while not factory.made[0].closed:
+            gevent.sleep(0.005)
+    assert names(made) == []
+
+
+def test_keep_alive_zero_unloads_when_the_last_request_ends() -> None:
+    made = manager(factory := Factory())
+    first, second = made.acquire(record("a")), made.acquire(record("a"), keep_alive_s=0)
+    second.release()
+    assert not factory.made[0].closed
+    first.release()
+    assert factory.made[0].closed
+
+
+def test_for_ever_has_no_end() -> None:
+    made = manager(Factory())
+    made.acquire(record("a"), keep_alive_s=FOREVER).release()
+    assert made.loaded()[0].expires_at is None
+
+
+def test_unload_waits_for_the_running_request() -> None:
+    made = manager(factory := Factory())
+    lease = made.acquire(record("a"))
+    made.unload(record("a"))
+    assert not factory.made[0].closed
+    lease.release()
+    lease.release()
+    assert factory.made[0].closed
+
+
+def test_the_least_recently_used_idle_model_makes_room() -> None:
+    made = manager(Factory())
+    for name in ("a", "b"):
+        made.acquire(record(name)).release()
+    made.acquire(record("a")).release()
+    made.acquire(record("c")).release()
+    assert sorted(names(made)) == ["a", "c"]
+
+
+def test_a_load_waits_for_busy_models_to_become_idle() -> None:
+    made = manager(Factory())
+    busy = [made.acquire(record(name)) for name in ("a", "b")]
+    waiting = gevent.spawn(made.acquire, record("c"))
+    gevent.sleep(0.01)
+    assert not waiting.ready()
+    busy[0].release()
+    waiting.get(timeout=5)
+    assert sorted(names(made)) == ["b", "c"]
+
+
+def test_a_model_that_never_fits_is_refused_with_both_figures() -> None:
+    made = manager(Factory(), limit_mib=50, use_mmap=False)
+    with pytest.raises(OutOfMemory, match=r"needs 0\.1 GiB .* and 0\.0 GiB are free"):
+        made.acquire(record("a"))
+    assert names(made) == []
+
+
+def test_mapped_weights_beyond_the_limit_load_with_a_warning() -> None:
+    lease = manager(Factory(), limit_mib=50).acquire(record("a"))
+    assert "read from disk again and again" in lease.warnings[0]
+
+
+def test_a_load_that_fails_is_told_to_all_and_tried_again_later() -> None:
+    def fail() -> None:
+        gevent.sleep(0.01)
+        raise BadModelFile("broken")
+
+    made = manager(factory := Factory(before=fail))
+    for greenlet in [gevent.spawn(made.acquire, record("a")) for _ in range(3)]:
+        with pytest.raises(BadModelFile, match="broken"):
+            greenlet.get()
+    factory.before = lambda: None
+    made.acquire(record("a")).release()
+    assert names(made) == ["a"]
+
+
+def test_an_unforeseen_failure_of_a_load_leaves_nobody_waiting(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(InternalError, match="log says why"):
+        manager(Factory(before=fail)).acquire(record("a"))
+    gevent.sleep(0)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_client_that_leaves_during_the_load_leaves_a_model_that_expires() -> None:
+    made = manager(factory := Factory(before=lambda: gevent.sleep(0.02)))
+    waiting = gevent.spawn(made.acquire, record("a"), keep_alive_s=0)
+    gevent.sleep(0.005)
+    waiting.kill()
+    with gevent.Timeout(5):
+        while not factory.made or not factory.made[0].closed:
+            gevent.sleep(0.005)
+
+
+def test_num_ctx_belongs_to_the_request() -> None:
+    made = manager(factory := Factory(), num_ctx=2048)
+    assert made.acquire(record("a")).num_ctx == 2048
+    assert made.acquire(record("a"), num_ctx=100).num_ctx == 100
+    assert made.acquire(record("a"), num_ctx=4000).num_ctx == 4000
+    assert factory.made[0].reserved == 4000
+    assert len(factory.made) == 1
+
+
+def test_more_context_than_was_trained_is_cut_with_a_warning() -> None:
+    lease = manager(Factory()).acquire(record("a"), num_ctx=99_999)
+    assert lease.num_ctx == 4096
+    assert "trained" in lease.warnings[0]
+
+
+def test_options_of_a_load_that_is_done_give_a_warning() -> None:
+    made = manager(Factory())
+    made.acquire(record("a"), LoadOptions(num_thread=1))
+    assert made.acquire(record("a"), LoadOptions(num_thread=1)).warnings == ()
+    assert "num_thread" in made.acquire(record("a"), LoadOptions(num_thread=2)).warnings[0]
+
+
+def test_draining_refuses_new_requests_and_ends_what_outlasts_the_timeout() -> None:
+    made = manager(factory := Factory())
+    lease = made.acquire(record("a"))
+    made.drain(timeout_s=0.01)
+    assert isinstance(factory.made[0].ended, Draining)
+    with pytest.raises(Draining):
+        made.acquire(record("a"))
+    lease.release()
+
+
+def test_a_replaced_file_is_another_model_while_the_old_one_ends() -> None:
+    made, old = manager(Factory(), limit_mib=900), record("a")
+    lease = made.acquire(old)
+    new = replace(old, identity=FileIdentity(0, 1, 1, 1))
+    made.acquire(new)
+    made.unload(old)
+    assert len(made.loaded()) == 2
+    lease.release()
+    assert [loaded.record for loaded in made.loaded()] == [new]

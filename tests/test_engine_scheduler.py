@@ -1,0 +1,227 @@
+"""The policy of a step, without llama.cpp: the test plays the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from rustllama.core import Delta, GenerateRequest
+from rustllama.engine.scheduler import Batch, Clear, Move, Outcome, Scheduler, Swap
+from rustllama.engine.sequence import Phase, Sequence
+from rustllama.errors import Busy, Cancelled, Draining
+
+MS = 1_000_000
+
+
+class Outlet(list[object]):
+    def put(self, item: Delta | Exception) -> None:
+        self.append(item)
+
+
+def sequence(prompt: int = 10, max_tokens: int | None = None) -> Sequence:
+    request = GenerateRequest("r", tuple(range(1, prompt + 1)), num_ctx=4096, max_tokens=max_tokens)
+    return Sequence(request, Outlet(), arrived_ns=0)
+
+
+def scheduler(n_slots: int = 4, n_batch: int = 512, max_queue: int = 8, **costs: float) -> Scheduler:
+    made = Scheduler(n_slots, n_batch, max_queue, gap_ms=200)
+    for name, value in costs.items():
+        setattr(made, name, value)
+    return made
+
+
+def play(batch: Batch) -> None:
+    """Does to the sequences what the runner does."""
+    for s in batch.decode:
+        s.computed += 1
+        s.accept(7, b"x", 1)
+    for chunk in batch.prompt:
+        chunk.sequence.computed += chunk.count
+        if not chunk.sequence.prompt_remaining:
+            chunk.sequence.phase = Phase.DECODE
+            chunk.sequence.accept(7, b"x", 1)
+
+
+def step(made: Scheduler, now_ns: int = 1) -> Batch:
+    batch = made.plan(now_ns)
+    assert batch is not None
+    play(batch)
+    return batch
+
+
+def test_an_idle_scheduler_plans_nothing() -> None:
+    assert scheduler().plan(0) is None
+
+
+def test_a_prompt_is_computed_and_then_decoded() -> None:
+    made, one = scheduler(), sequence(10)
+    made.add(one)
+    assert [(c.sequence, c.count) for c in step(made).prompt] == [(one, 10)]
+    assert step(made).decode == (one,)
+
+
+def test_the_queue_is_first_in_first_out() -> None:
+    made, all_ = scheduler(n_slots=1), [sequence(max_tokens=1) for _ in range(3)]
+    for s in all_:
+        made.add(s)
+    served = [step(made).prompt[0].sequence for _ in all_]
+    assert served == all_
+
+
+def test_a_full_queue_is_refused_and_free_slots_do_not_count_as_waiting() -> None:
+    made = scheduler(n_slots=2, max_queue=1)
+    for _ in range(3):
+        made.add(sequence())
+    with pytest.raises(Busy):
+        made.add(sequence())
+
+
+def test_running_streams_decode_in_every_step_while_a_prompt_is_computed() -> None:
+    made, stream = scheduler(prompt_ms_per_token=10.0), sequence(5)
+    made.add(stream)
+    step(made)
+    made.add(sequence(100))
+    assert [step(made).decode for _ in range(3)] == [(stream,)] * 3
+
+
+def test_the_prompt_budget_follows_the_gap_target() -> None:
+    made = scheduler(prompt_ms_per_token=2.0, decode_ms=40.0)
+    made.add(sequence(5))
+    step(made)
+    made.add(sequence(2000))
+    assert step(made).prompt[0].count == (200 - 40) / 2.0
+
+
+def test_a_prompt_alone_gets_a_whole_batch() -> None:
+    made = scheduler(prompt_ms_per_token=0.5)
+    made.add(sequence(2000))
+    assert step(made).prompt[0].count == 512
+
+
+def test_slow_steps_still_leave_half_the_time_to_prompts() -> None:
+    made = scheduler(prompt_ms_per_token=10.0, decode_ms=300.0)
+    made.add(sequence(5))
+    step(made)
+    made.add(sequence(2000))
+    assert step(made).prompt[0].count == pytest.approx(300 / 10.0, abs=8)
+
+
+def test_the_shortest_prompt_comes_first() -> None:
+    made = scheduler(prompt_ms_per_token=2.0, n_batch=64)
+    long, short = sequence(1000), sequence(40)
+    made.add(long)
+    made.add(short)
+    assert {c.sequence: c.count for c in step(made).prompt} == {short: 40, long: 24}
+
+
+def test_a_long_prompt_that_has_waited_is_not_starved() -> None:
+    made = scheduler(prompt_ms_per_token=1.0, n_batch=64)
+    long = sequence(100)
+    made.add(long)
+    step(made, now_ns=MS)
+    made.add(sequence(30))
+    assert made.plan(now_ns=MS * 1000).prompt[0].sequence is long  # type: ignore[union-attr]
+
+
+def test_the_cost_of_a_prompt_is_learned() -> None:
+    made = scheduler()
+    made.apply(Outcome(prompt_ns=100 * MS, prompt_tokens=50))
+    assert made.prompt_ms_per_token == 2.0
+
+
+def test_the_highest_slot_moves_into_a_hole() -> None:
+    made, all_ = scheduler(n_slots=3), [sequence(4) for _ in range(3)]
+    for s in all_:
+        made.add(s)
+    step(made)
+    made.cancel(all_[0])
+    batch = step(made)
+    assert batch.arrange == (Clear(0, all_[0]), Move(2, 0))
+    assert batch.decode == (all_[2], all_[1])
+
+
+def test_a_short_prompt_that_is_done_first_changes_places() -> None:
+    made = scheduler(n_slots=2, n_batch=64, prompt_ms_per_token=2.0)
+    long, short = sequence(1000), sequence(40)
+    made.add(long)
+    made.add(short)
+    step(made)
+    assert made.plan(2).arrange == (Swap(0, 1),)  # type: ignore[union-attr]
+
+
+def test_a_cancelled_request_in_the_queue_never_runs() -> None:
+    made, first, second = scheduler(n_slots=1), sequence(4), sequence(4)
+    made.add(first)
+    made.add(second)
+    step(made)
+    made.cancel(second)
+    made.cancel(first)
+    assert made.plan(2) == Batch((Clear(0, first),), (), ())
+    assert isinstance(second.outlet[0], Cancelled)  # type: ignore[index]
+
+
+def test_ending_all_gives_each_one_terminal_event() -> None:
+    made, all_ = scheduler(n_slots=1), [sequence(4) for _ in range(3)]
+    for s in all_:
+        made.add(s)
+    step(made)
+    made.end_all(Draining("bye"))
+    made.end_all(Draining("again"))
+    assert [[str(item) for item in s.outlet] for s in all_] == [["bye"]] * 3  # type: ignore[attr-defined]
+
+
+class AnyTraffic(RuleBasedStateMachine):
+    """Whatever comes and goes: slots hold decoding sequences first, budgets hold, nothing is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = scheduler(n_slots=5, n_batch=32, max_queue=6, prompt_ms_per_token=8.0, decode_ms=30.0)
+        self.alive: list[Sequence] = []
+        self.now_ns = 0
+
+    @rule(prompt=st.integers(1, 90), max_tokens=st.integers(1, 6))
+    def arrive(self, prompt: int, max_tokens: int) -> None:
+        one = sequence(prompt, max_tokens)
+        try:
+            self.made.add(one)
+            self.alive.append(one)
+        except Busy:
+            assert len(self.made.queue) >= 6
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=st.integers(0, 99))
+    def leave(self, pick: int) -> None:
+        self.made.cancel(self.alive[pick % len(self.alive)])
+
+    @rule()
+    def step(self) -> None:
+        self.now_ns += 50 * MS
+        batch = self.made.plan(self.now_ns)
+        if batch is None:
+            self.alive = [s for s in self.alive if not s.over]
+            assert not self.alive
+            return
+        assert batch.decode == tuple(self.made.slots[: len(batch.decode)])
+        assert sum(chunk.count for chunk in batch.prompt) <= 32
+        assert [chunk.slot for chunk in batch.prompt] == sorted({chunk.slot for chunk in batch.prompt})
+        play(batch)
+        self.alive = [s for s in self.alive if not s.over]
+
+    @invariant()
+    def nobody_is_lost(self) -> None:
+        held = {id(s) for s in [*self.made.queue, *self.made.running]}
+        assert held == {id(s) for s in self.alive if not s.over}
+
+    def teardown(self) -> None:
+        step: Callable[[], None] = self.step
+        for _ in range(200):
+            step()
+        assert not self.alive, "some sequence starved"
+
+
+TestAnyTraffic = AnyTraffic.TestCase
+TestAnyTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
