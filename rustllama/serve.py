@@ -9,7 +9,6 @@ import os
 import select
 import socket
 import sys
-from functools import cached_property
 
 import flask
 from gunicorn.app.base import BaseApplication
@@ -37,6 +36,7 @@ def main(settings: Settings) -> None:
             registry.get(name)
         except RustllamaError as error:
             raise SettingError(f"RUSTLLAMA_LOAD: {error}") from None
+    registry.close()  # a connection must not cross the fork of a worker
     listeners = _bind(settings)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     application = _Application(settings, registry, listeners)
@@ -50,6 +50,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
         self.settings = settings
         self.registry = registry
         self.listeners = listeners
+        self.url = _url(settings.host[0], listeners[0].getsockname()[1])
         super().__init__()
 
     def load_config(self) -> None:
@@ -60,12 +61,6 @@ class _Application(BaseApplication):  # type: ignore[misc]
 
     def load(self) -> flask.Flask:
         return create_app(self.settings, registry=self.registry)
-
-    @cached_property
-    def url(self) -> str:
-        host = self.settings.host[0]
-        port = self.listeners[0].getsockname()[1]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _Master(Arbiter):  # type: ignore[misc]
@@ -89,6 +84,10 @@ def _adopt(listener: socket.socket, master: Arbiter) -> TCPSocket:
     kind = TCP6Socket if listener.family == socket.AF_INET6 else TCPSocket
     address = listener.getsockname()
     return kind(address, master.cfg, master.log, fd=listener.detach())
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _at_eof(fd: int) -> bool:

@@ -14,7 +14,7 @@ from gevent.event import Event
 from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker
 
-from rustllama import __version__
+from rustllama import __version__, bridge
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import RustllamaError
 
@@ -95,12 +95,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
         """`--load`: the models are ready before the first request is accepted."""
         for name in self.app.settings.load:
             try:
-                self._manager.acquire(self.app.registry.get(name)).release()
+                self._manager.acquire(bridge.offload(self.app.registry.get, name)).release()
             except RustllamaError as error:
                 _log.error("--load %s: %s", name, error)
 
     def _announce(self) -> None:
-        count = len(self.app.registry.list())
+        count = len(bridge.offload(self.app.registry.list))
         models = "1 model" if count == 1 else f"{count} models"
         print(f"rustllama {__version__} is ready at {self.app.url} with {models} registered.")
         print("Try: rustllama run", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from tests.toys import GEMMA3, LLAMA, MAMBA, write_toy
 
+READY_S = 60
 SHAPES = {"llama": LLAMA, "gemma3": GEMMA3, "mamba": MAMBA}
 
 
@@ -57,7 +59,7 @@ def start_server(home: Path, *arguments: str, environ: Mapping[str, str] | None 
             text=True,
         )
     assert process.stdout is not None
-    line = process.stdout.readline()
+    line = process.stdout.readline() if select.select([process.stdout], [], [], READY_S)[0] else ""
     found = re.search(r"http://\S+", line)
     if not found:
         process.kill()

@@ -268,8 +268,9 @@ def _pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
 
 
 def _words() -> str:
-    """llama.cpp's last words, for a message."""
-    return _last_words[-1].strip().rstrip(".") if _last_words else "no reason was given"
+    """llama.cpp's last words, for a message: where several lines tell of one failure, the one that has the reason."""
+    reasons = [line for line in _last_words if "error" in line.lower()] or list(_last_words)
+    return reasons[0].strip().rstrip(".") if reasons else "no reason was given"
 
 
 def has_gpu() -> bool:

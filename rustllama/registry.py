@@ -1,0 +1,221 @@
+"""The names of models, in SQLite: what each stands for, and since when.
+
+Every function blocks on a disk: call it in a worker thread. Several threads and processes may share a database; what
+`put` or `delete` acknowledged survives the death of the process and of the machine. The model that the package carries
+is registered as `demo` when the database is made; deleting it sticks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import peewee
+
+from rustllama import gguf
+from rustllama.core import FileIdentity, ModelInfo, ModelRecord
+from rustllama.errors import (
+    BadModelFile,
+    BadRequest,
+    DiskFull,
+    InternalError,
+    ModelNotFound,
+    RustllamaError,
+    SettingError,
+    Unavailable,
+)
+
+DEMO = "demo"
+BUNDLED_MODEL = Path(__file__).parent / "demo" / "demo.gguf"
+
+_GRAMMAR = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*(:[a-z0-9][a-z0-9._-]*)?", re.IGNORECASE)
+_LONGEST_NAME = 200  # characters
+_MOST_NAMES = 20  # that an error shows
+_PRAGMAS = {"journal_mode": "wal", "synchronous": "full"}
+_MIGRATIONS = (  # the database's user_version is the number of those that ran
+    "CREATE TABLE model (canonical TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, modified_at TEXT NOT NULL,"
+    " modified_ns INTEGER NOT NULL, digest TEXT NOT NULL, identity TEXT NOT NULL, info TEXT NOT NULL) WITHOUT ROWID",
+)
+
+
+_Records = list[ModelRecord]
+
+
+class _Row(peewee.Model):
+    """A model's name; `identity` and `info` are JSON."""
+
+    canonical = peewee.TextField(primary_key=True)
+    name = peewee.TextField()
+    path = peewee.TextField()
+    modified_at = peewee.TextField()
+    modified_ns = peewee.IntegerField()
+    digest = peewee.TextField()
+    identity = peewee.TextField()
+    info = peewee.TextField()
+
+
+def check_name(name: str) -> str:
+    """The name without the space around it. Raises BadRequest with the grammar in words."""
+    name = name.strip()
+    if len(name) > _LONGEST_NAME or not _GRAMMAR.fullmatch(name):
+        raise BadRequest(
+            f"{name[:80]!r} is not a name for a model: use letters, digits, '.', '_' and '-', beginning with a letter "
+            f"or digit, with '/' between parts and ':' before a tag, at most {_LONGEST_NAME} characters.",
+            "name",
+        )
+    return name
+
+
+def canonical(name: str) -> str:
+    """What names that mean the same model have in common: lower case, without ":latest"."""
+    return name.strip().lower().removesuffix(":latest")
+
+
+def timestamp(now_ns: int | None = None) -> str:
+    """RFC 3339 with nanoseconds and the local zone, like `2024-10-04T14:56:49.277302595-07:00`."""
+    seconds, fraction = divmod(time.time_ns() if now_ns is None else now_ns, 10**9)
+    moment = datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    return f"{moment[:19]}.{fraction:09d}{moment[19:]}"
+
+
+def examine(name: str, path: Path) -> ModelRecord:
+    """A record, as of now, of the file at `path`. Raises BadModelFile."""
+    path = Path(os.path.abspath(path))
+    identity, info = gguf.identity(path), gguf.read(path)
+    return ModelRecord(name, str(path), timestamp(), gguf.digest(info), identity, info)
+
+
+class Registry:
+    """Each thread has a connection of its own."""
+
+    def __init__(self, path: Path, *, bundled: Path = BUNDLED_MODEL, busy_timeout_s: float = 5.0) -> None:
+        """Makes the folder and the database where they are missing. Raises SettingError for a place that cannot be."""
+        self._path = path
+        self._bundled = bundled
+        self._make_private()
+        self._database = peewee.SqliteDatabase(str(path), pragmas=_PRAGMAS, timeout=busy_timeout_s)
+        meta = type("Meta", (), {"database": self._database, "table_name": "model"})
+        self._rows: type[_Row] = type("Row", (_Row,), {"Meta": meta})
+        try:
+            with self._door():
+                self._migrate()
+        finally:
+            self.close()  # SQLite's connections must not go through the fork of a server's workers
+
+    def get(self, name: str) -> ModelRecord:
+        """Raises ModelNotFound, which names the models that there are."""
+        with self._door():
+            row = self._rows.get_or_none(self._rows.canonical == canonical(name))
+            known = "" if row else self._known()
+        if row is None:
+            raise ModelNotFound(f"model '{name.strip()[:_LONGEST_NAME]}' not found: {known}")
+        return self._record(row)
+
+    def list(self) -> _Records:
+        """The newest first, `demo` last: clients take the first for their default."""
+        order = (self._rows.canonical == DEMO, self._rows.modified_ns.desc(), self._rows.canonical)
+        with self._door():
+            return [self._record(row) for row in self._rows.select().order_by(*order)]
+
+    def put(self, record: ModelRecord) -> None:
+        """Registers it, or replaces what had the name. Raises BadRequest for a bad name."""
+        check_name(record.name)
+        with self._door():
+            self._put(record)
+
+    def delete(self, name: str) -> None:
+        """Forgets the name and leaves the file alone. Raises ModelNotFound."""
+        with self._door():
+            deleted = self._rows.delete().where(self._rows.canonical == canonical(name)).execute()
+        if not deleted:
+            self.get(name)
+
+    def close(self) -> None:
+        """Closes this thread's connection; it opens again when it is needed."""
+        self._database.close()
+
+    def _make_private(self) -> None:
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise SettingError(
+                f"RUSTLLAMA_HOME={self._path.parent} cannot hold the state: {error.strerror}; "
+                "name a folder that this user can write."
+            ) from None
+
+    def _migrate(self) -> None:
+        if self._database.pragma("user_version") > len(_MIGRATIONS):
+            raise SettingError(f"{self._path} is of a newer rustllama; update this one, or set RUSTLLAMA_HOME.")
+        with self._database.atomic("IMMEDIATE"):
+            version = self._database.pragma("user_version")
+            for number, migration in enumerate(_MIGRATIONS[version:], version + 1):
+                self._database.execute_sql(migration)  # type: ignore[no-untyped-call]
+                self._database.pragma("user_version", number)
+            self._keep_demo(is_new=version == 0)
+
+    def _keep_demo(self, is_new: bool) -> None:
+        """Registers the bundled model in a new database, and follows it when the installation moves or changes."""
+        if not self._bundled.is_file():
+            return
+        row = self._rows.get_or_none(self._rows.canonical == DEMO)
+        if is_new or (row is not None and self._is_outdated(self._record(row))):
+            with suppress(BadModelFile):  # a damaged installation still serves other models
+                self._put(examine(DEMO, self._bundled))
+
+    def _is_outdated(self, demo: ModelRecord) -> bool:
+        path = Path(demo.path)
+        if path == self._bundled:
+            return gguf.identity(path) != demo.identity
+        return path.parts[-3:] == ("rustllama", "demo", "demo.gguf") and not path.exists()
+
+    def _put(self, record: ModelRecord) -> None:
+        self._rows.insert(
+            canonical=canonical(record.name),
+            name=record.name,
+            path=record.path,
+            modified_at=record.modified_at,
+            modified_ns=time.time_ns(),
+            digest=record.digest,
+            identity=msgspec.json.encode(record.identity).decode(),
+            info=msgspec.json.encode(record.info).decode(),
+        ).on_conflict_replace().execute()
+
+    def _record(self, row: _Row) -> ModelRecord:
+        try:
+            identity = msgspec.json.decode(row.identity, type=FileIdentity)
+            info = msgspec.json.decode(row.info, type=ModelInfo)
+        except msgspec.DecodeError:
+            raise InternalError(f"what {self._path} says of '{row.name}' cannot be read; create it again.") from None
+        return ModelRecord(row.name, row.path, row.modified_at, row.digest, identity, info)
+
+    def _known(self) -> str:
+        query = self._rows.select(self._rows.name).order_by(self._rows.canonical)
+        names = [repr(row.name) for row in query.limit(_MOST_NAMES + 1)]
+        more = ["…"] if len(names) > _MOST_NAMES else []
+        return "there are " + ", ".join(names[:_MOST_NAMES] + more) if names else "none is registered yet"
+
+    @contextmanager
+    def _door(self) -> Iterator[None]:
+        """Turns peewee's errors into ours; SQLite's words are fixed (sqlite3ErrStr), its codes only in Python 3.11."""
+        try:
+            yield
+        except peewee.PeeweeException as error:
+            raise self._translated(str(error)) from error
+
+    def _translated(self, words: str) -> RustllamaError:
+        if "locked" in words or "busy" in words:
+            return Unavailable(f"{self._path} is locked by another program; try again.")
+        if "full" in words:
+            return DiskFull(f"The disk that holds {self._path} is full; free some space and try again.")
+        if "readonly" in words or "unable to open" in words:
+            return InternalError(f"{self._path} cannot be written; give this user access, or set RUSTLLAMA_HOME.")
+        if "malformed" in words or "not a database" in words:
+            return InternalError(f"{self._path} is damaged; move it away, and a new one is made.")
+        return InternalError(f"{self._path} failed: {words}.")
