@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
+import time
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.server import StreamServer
+from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
 from rustllama import __version__, bridge
@@ -20,6 +25,14 @@ from rustllama.errors import RustllamaError
 
 _NOTIFY_S = 1.0  # Gunicorn's master waits for a sign of life
 _POLL_S = 0.02
+_LINGER_S = 0.5
+_LINGER_BYTES = 1 << 20
+_REFUSALS = (
+    (errors.LimitRequestLine, HTTPStatus.REQUEST_URI_TOO_LONG),
+    (errors.LimitRequestHeaders, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
+    (errors.UnsupportedTransferCoding, HTTPStatus.NOT_IMPLEMENTED),
+    (errors.ParseException, HTTPStatus.BAD_REQUEST),
+)
 _log = logging.getLogger("rustllama.serve")
 
 
@@ -29,7 +42,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests = 0
-        self._leaving: Event | None = None
+        self._leaving = Event()
+        self._serving = False
 
     def init_signals(self) -> None:
         super().init_signals()
@@ -37,7 +51,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serves until SIGTERM, then drains and leaves."""
-        self._leaving = Event()
+        self._serving = True
         gevent.spawn(self._notify_forever)
         self._preload()
         servers = [self._listen(listener) for listener in self.sockets]
@@ -47,11 +61,16 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._leaving.wait(_NOTIFY_S)
         for server in servers:
             server.close()
-        self._manager.drain(self.app.settings.drain_timeout)
-        with gevent.Timeout(_NOTIFY_S, False):
-            while self._requests:
-                gevent.sleep(_POLL_S)
+        self._drain(self.app.settings.drain_timeout)
         _leave()
+
+    def _drain(self, timeout_s: float) -> None:
+        """Answers first, and then what else is on its way, like a create."""
+        deadline_s = time.monotonic() + timeout_s
+        self._manager.drain(timeout_s)
+        deadline_s = max(deadline_s, time.monotonic() + _NOTIFY_S)  # the last pieces still have to go out
+        while self._requests and time.monotonic() < deadline_s:
+            gevent.sleep(_POLL_S)
 
     def handle_request(self, *args: Any) -> None:
         self._requests += 1
@@ -60,9 +79,24 @@ class Worker(GeventWorker):  # type: ignore[misc]
         finally:
             self._requests -= 1
 
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """What Gunicorn could not read as HTTP gets JSON too; what the application let through is logged."""
+        status = next((code for kind, code in _REFUSALS if isinstance(exc, kind)), 500)
+        if status == 500:
+            _log.error("a request failed outside the application", exc_info=exc)
+        else:
+            _log.info("refused a request that is not HTTP: %s", type(exc).__name__)
+        body = b'{"error":"the request is not valid HTTP, or its head is too long."}\n'
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+        with contextlib.suppress(OSError):
+            client.sendall(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(_LINGER_S)
+            client.recv(_LINGER_BYTES)  # or the answer is lost with what was sent and not read
+
     def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
         self.alive = False
-        if self._leaving is None:
+        if not self._serving:
             _leave()  # nothing is served yet
         self._manager.draining = True
         self._leaving.set()

@@ -1,0 +1,281 @@
+"""The whole server in processes of its own: start, drain, death and recovery, clients that leave, many at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.conftest import Server, start_server
+from tests.toys import LLAMA, write_toy
+
+DEADLINE_S = 30
+CHAT = {"model": "toy", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "did not come true in time"
+        time.sleep(0.02)
+
+
+def post(server: Server, path: str, body: object, **more: object) -> requests.Response:
+    return requests.post(server.url + path, json=body, timeout=DEADLINE_S, **more)  # type: ignore[arg-type]
+
+
+def ask(server: Server, tokens: int, **more: object) -> requests.Response:
+    return post(server, "/api/chat", {**CHAT, "options": {"num_predict": tokens, "temperature": 0}, **more})
+
+
+def stream(server: Server, tokens: int) -> requests.Response:
+    """An answer that has begun: its first line is read."""
+    body = {**CHAT, "stream": True, "options": {"num_predict": tokens, "temperature": 0}}
+    return post(server, "/api/chat", body, stream=True)
+
+
+def lines(response: requests.Response) -> list[dict[str, object]]:
+    return [json.loads(line) for line in response.iter_lines()]
+
+
+def loaded(server: Server) -> dict[str, Any]:
+    """The first row of /api/ps."""
+    row: dict[str, Any] = requests.get(server.url + "/api/ps", timeout=DEADLINE_S).json()["models"][0]
+    return row
+
+
+@pytest.fixture(scope="module")
+def slow_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy that takes some milliseconds a token, so that there is a middle of an answer."""
+    folder = tmp_path_factory.mktemp("slow")
+    return write_toy(folder / "slow.gguf", LLAMA, width=256, layers=6, heads=8, feed_forward=1024, vocabulary=2048)
+
+
+def started(home: Path, toy: Path, *arguments: str, **environ: str) -> Server:
+    server = start_server(home, *arguments, environ=environ)
+    assert post(server, "/api/create", {"name": "toy", "modelpath": str(toy)}).json() == {"status": "success"}
+    return server
+
+
+@pytest.fixture
+def toy_server(tmp_path: Path, slow_toy: Path) -> Iterator[Server]:
+    server = started(tmp_path / "home", slow_toy)
+    yield server
+    assert server.stop() == 0
+
+
+def serve_fails(*arguments: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rustllama", "serve", *arguments],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_ready_means_an_address_a_count_and_a_command(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "home")
+    assert server.process.stdout is not None
+    assert "rustllama run" in server.process.stdout.readline()
+    assert requests.get(server.url + "/health", timeout=5).json() == {"status": "ok"}
+    assert server.stop() == 0
+
+
+def test_a_port_in_use_is_one_line_and_status_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = serve_fails(RUSTLLAMA_HOST=f"127.0.0.1:{port}", RUSTLLAMA_HOME=str(tmp_path))
+    assert f"port {port}" in line
+    assert "--port" in line
+
+
+def test_a_bad_setting_is_named(tmp_path: Path) -> None:
+    assert "RUSTLLAMA_WORKERS='many'" in serve_fails(RUSTLLAMA_WORKERS="many", RUSTLLAMA_HOME=str(tmp_path))
+
+
+def test_a_state_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "RUSTLLAMA_HOME" in serve_fails(RUSTLLAMA_HOME=str(tmp_path / "file" / "home"))
+
+
+def test_a_model_to_load_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "nosuch" in serve_fails("--load", "nosuch", RUSTLLAMA_HOME=str(tmp_path), RUSTLLAMA_HOST="127.0.0.1:0")
+
+
+def test_load_has_the_model_ready_before_the_first_request(tmp_path: Path, slow_toy: Path) -> None:
+    assert started(tmp_path / "home", slow_toy).stop() == 0
+    server = start_server(tmp_path / "home", "--load", "toy")
+    assert loaded(server)["name"] == "toy:latest"
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_running_streams_end_before_the_server_does(tmp_path: Path, slow_toy: Path, sign: signal.Signals) -> None:
+    server = started(tmp_path / "home", slow_toy)
+    streams = [stream(server, 30) for _ in range(4)]
+    server.process.send_signal(sign)
+    answers = [lines(response) for response in streams]
+    assert [answer[-1]["eval_count"] for answer in answers] == [30] * 4
+    assert server.stop() == 0
+
+
+def test_streams_that_outlast_the_drain_get_a_terminal_event(tmp_path: Path, slow_toy: Path) -> None:
+    server = started(tmp_path / "home", slow_toy, RUSTLLAMA_DRAIN_TIMEOUT="0.2")
+    response = stream(server, 2000)
+    server.process.send_signal(signal.SIGTERM)
+    assert "shutting down" in str(lines(response)[-1]["error"])
+    assert server.stop() == 0
+
+
+def test_new_requests_are_refused_while_draining(tmp_path: Path, slow_toy: Path) -> None:
+    server = started(tmp_path / "home", slow_toy)
+    with requests.Session() as kept_alive:
+        assert kept_alive.get(server.url + "/health", timeout=5).status_code == 200
+        running = stream(server, 300)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: kept_alive.get(server.url + "/health", timeout=5).status_code == 503)
+    with pytest.raises(requests.ConnectionError):
+        ask(server, 1)
+    running.close()
+    assert server.stop() == 0
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path, slow_toy: Path) -> None:
+    server = started(tmp_path / "home", slow_toy)
+    response = stream(server, 2000)
+    server.process.send_signal(signal.SIGINT)
+    until(lambda: not _listens(server))
+    server.process.send_signal(signal.SIGINT)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        lines(response)
+    assert server.stop() == 0
+
+
+def _listens(server: Server) -> bool:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def test_a_private_server_ends_when_its_input_closes(tmp_path: Path) -> None:
+    environ = {
+        **os.environ,
+        "RUSTLLAMA_HOME": str(tmp_path),
+        "RUSTLLAMA_HOST": "127.0.0.1:0",
+        "RUSTLLAMA_STOP_ON_EOF": "1",
+    }
+    command = [sys.executable, "-m", "rustllama", "serve"]
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert b"ready" in process.stdout.readline()
+        process.stdin.close()
+        assert process.wait(timeout=DEADLINE_S) == 0
+
+
+def test_a_killed_worker_comes_back_with_the_registry(toy_server: Server) -> None:
+    response = stream(toy_server, 2000)
+    os.kill(toy_server.worker_pid, signal.SIGKILL)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        lines(response)
+    assert ask(toy_server, 3).json()["eval_count"] == 3
+
+
+def test_what_was_acknowledged_survives_a_kill_of_everything(tmp_path: Path, slow_toy: Path) -> None:
+    server = started(tmp_path / "home", slow_toy)
+    os.kill(server.worker_pid, signal.SIGKILL)
+    server.process.kill()
+    server.stop()
+    again = start_server(tmp_path / "home")
+    names = [model["name"] for model in requests.get(again.url + "/api/list", timeout=5).json()["models"]]
+    assert "toy" in names
+    assert again.stop() == 0
+
+
+def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy_server: Server) -> None:
+    """A tenth of the thousand that `rustllama bench --leave 1000` makes."""
+    stream(toy_server, 5).content  # noqa: B018 - the model and the threads are there now
+    before = _resources(toy_server)
+
+    def leave(_: int) -> None:
+        response = stream(toy_server, 1000)
+        next(response.iter_content(1))
+        response.close()
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(leave, range(100)))
+    until(lambda: loaded(toy_server)["running"] + loaded(toy_server)["queued"] == 0)
+    until(lambda: _resources(toy_server) == before)
+
+
+def _resources(server: Server) -> tuple[int, int]:
+    """Threads and sockets of the worker."""
+    process = Path(f"/proc/{server.worker_pid}")
+    links = [os.readlink(fd) for fd in (process / "fd").iterdir()]
+    return len(list((process / "task").iterdir())), sum(link.startswith("socket:") for link in links)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_the_queue_or_its_prompt_frees_its_place(toy_server: Server, streamed: bool) -> None:
+    body = json.dumps({**CHAT, "stream": streamed, "options": {"num_predict": 2000}}).encode()
+    assert ask(toy_server, 1).ok  # the model is loaded
+    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    host, port = toy_server.url.removeprefix("http://").split(":")
+    clients = [socket.create_connection((host, int(port))) for _ in range(40)]
+    for client in clients:
+        client.sendall(head + body)
+    until(lambda: loaded(toy_server)["queued"] > 0)
+    for client in clients:
+        client.close()
+    until(lambda: loaded(toy_server)["running"] + loaded(toy_server)["queued"] == 0)
+
+
+def test_32_streaming_clients_see_no_error(toy_server: Server) -> None:
+    with ThreadPoolExecutor(32) as clients:
+        answers = list(clients.map(lambda _: lines(stream(toy_server, 10)), range(96)))
+    assert all(answer[-1]["done"] and answer[-1]["eval_count"] == 10 for answer in answers)
+    assert len({json.dumps([line["message"] for line in answer]) for answer in answers}) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "status"), [(b"hello\r\n\r\n", 400), (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414)]
+)
+def test_what_is_not_http_gets_json(server: Server, head: bytes, status: int) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(head)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert "error" in json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def test_the_log_has_a_line_for_each_request_and_no_words_of_it(toy_server: Server) -> None:
+    answer = ask(toy_server, 7).json()["message"]["content"]
+    until(lambda: "answer_tokens=7" in toy_server.log.read_text())
+    log = toy_server.log.read_text()
+    assert "model=toy" in log
+    assert "hello" not in log
+    assert answer.strip() not in log
+
+
+def test_two_models_answer_at_the_same_time(toy_server: Server, toys: dict[str, Path]) -> None:
+    post(toy_server, "/api/create", {"name": "other", "modelpath": str(toys["mamba"])})
+    with ThreadPoolExecutor(8) as clients:
+        names = ["toy", "other"] * 4
+        answers = list(clients.map(lambda name: ask(toy_server, 20, model=name).json()["eval_count"], names))
+    assert answers == [20] * 8
