@@ -1,0 +1,43 @@
+"""The HTTP API: `create_app` puts the layers together, as a Flask application."""
+
+from __future__ import annotations
+
+from flask import Flask
+
+from rustllama.api import failures
+from rustllama.api.access import AccessLog
+from rustllama.api.answers import Answers
+from rustllama.api.catalog import Catalog
+from rustllama.api.guard import Guard
+from rustllama.api.home import Home
+from rustllama.api.models import Models
+from rustllama.api.ollama import Ollama
+from rustllama.api.openai import OpenAI
+from rustllama.engine.manager import EngineFactory, EngineManager
+from rustllama.registry import Registry
+from rustllama.settings import Settings
+
+
+def create_app(
+    settings: Settings, *, registry: Registry | None = None, engine_factory: EngineFactory | None = None
+) -> Flask:
+    """The application of one process, with its engine manager in `extensions["rustllama"]`.
+
+    Called in the process that serves. Raises SettingError where the registry cannot be opened.
+    """
+    if engine_factory is None:
+        from rustllama.engine.engine import LlamaEngines  # llama.cpp: only where no other engine is given
+
+        engine_factory = LlamaEngines(settings)
+    manager = EngineManager(settings, engine_factory)
+    catalog = Catalog(settings, registry or Registry(settings.database_path), manager)
+    answers = Answers(catalog, manager)
+    app = Flask("rustllama", static_folder=None)
+    app.extensions["rustllama"] = manager
+    app.url_map.merge_slashes = False  # a redirect would be HTML
+    app.wsgi_app = AccessLog(app.wsgi_app)  # type: ignore[method-assign]
+    failures.install(app)
+    Guard(settings, manager).install(app)
+    for endpoints in (Home(manager), Models(catalog, manager), Ollama(answers), OpenAI(answers)):
+        endpoints.register(app)
+    return app

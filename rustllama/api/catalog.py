@@ -1,0 +1,86 @@
+"""The models that requests name: created, listed, deleted, and examined again when their file has changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rustllama import gguf
+from rustllama.bridge import RLock, offload
+from rustllama.core import ModelRecord
+from rustllama.engine.manager import EngineManager
+from rustllama.errors import ModelNotFound
+from rustllama.probe import prove
+from rustllama.registry import Registry, examine
+from rustllama.settings import Settings
+
+
+class Catalog:
+    """Called from the hub's greenlets; files and the database are touched in worker threads."""
+
+    def __init__(self, settings: Settings, registry: Registry, manager: EngineManager) -> None:
+        self._registry = registry
+        self._manager = manager
+        self._probe_timeout_s = settings.probe_timeout
+        self._examining = RLock()
+        self._proving = RLock()  # one at a time: each takes the memory of its model, and one of few threads
+
+    def list(self) -> list[ModelRecord]:
+        return offload(self._registry.list)
+
+    def get(self, name: str) -> ModelRecord:
+        """Raises ModelNotFound."""
+        return offload(self._registry.get, name)
+
+    def create(self, name: str, path: str) -> None:
+        """Examines and proves the file, then gives it the name; answers of a model replaced by it end well.
+
+        Raises BadModelFile, OutOfMemory, DiskFull or InternalError.
+        """
+        absolute = Path(os.path.abspath(os.path.expanduser(path)))
+        replaced = self._examine_and_put(name, absolute)
+        if replaced is not None:
+            self._manager.unload(replaced)
+
+    def delete(self, name: str) -> None:
+        """Raises ModelNotFound. The file stays."""
+        with self._examining:  # or what is examined again would come back
+            record = self.get(name)
+            offload(self._registry.delete, name)
+        self._manager.unload(record)
+
+    def current(self, name: str) -> ModelRecord:
+        """The record to load: as `get`, but proved again when the file is not the one that was examined.
+
+        Raises ModelNotFound, or BadModelFile where the file is gone or spoilt.
+        """
+        record, unchanged = offload(self._look, name)
+        return record if unchanged else self._examined_again(name)
+
+    def _examined_again(self, name: str) -> ModelRecord:
+        with self._examining:  # a crowd of requests proves it once
+            record, unchanged = offload(self._look, name)
+            if unchanged:
+                return record
+            self._manager.unload(record)
+            self._examine_and_put(record.name, Path(record.path))
+            return self.get(name)
+
+    def _look(self, name: str) -> tuple[ModelRecord, bool]:
+        record = self._registry.get(name)
+        return record, gguf.identity(Path(record.path)) == record.identity
+
+    def _examine_and_put(self, name: str, path: Path) -> ModelRecord | None:
+        """Returns the record that had the name before."""
+        record = offload(examine, name, path)
+        with self._proving:
+            offload(prove, path, timeout_s=self._probe_timeout_s)
+        return offload(self._put, record)
+
+    def _put(self, record: ModelRecord) -> ModelRecord | None:
+        try:
+            replaced = self._registry.get(record.name)
+        except ModelNotFound:
+            replaced = None
+        self._registry.put(record)
+        return replaced

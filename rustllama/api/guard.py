@@ -1,0 +1,42 @@
+"""What a request passes before its handler: the size of its body, and whether the server still takes work."""
+
+from __future__ import annotations
+
+from flask import Flask, request
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from rustllama.api.decoding import Fields, parse_object
+from rustllama.engine.manager import EngineManager
+from rustllama.errors import BadRequest, Draining
+from rustllama.settings import Settings
+
+_READING = ("GET", "HEAD", "OPTIONS")
+
+
+class Guard:
+    """Checks in the order in which they are cheap; nothing here reads the body."""
+
+    def __init__(self, settings: Settings, manager: EngineManager) -> None:
+        self._settings = settings
+        self._manager = manager
+
+    def install(self, app: Flask) -> None:
+        app.config["MAX_CONTENT_LENGTH"] = self._settings.max_body
+        app.before_request(self.check)
+
+    def check(self) -> None:
+        """Raises Draining for what generates or alters while the server is leaving."""
+        if self._manager.draining and request.method not in _READING and request.path != "/api/show":
+            raise Draining("The server is stopping: try again when it is back.")
+
+
+def body() -> Fields:
+    """The JSON object of the current request, whatever its content type. Raises BadRequest."""
+    try:
+        data = request.get_data(cache=False)
+    except ParseException as error:  # Gunicorn's, of a chunked body
+        raise BadRequest(f"The body is not well chunked: {error}.") from None
+    if request.content_length is None and len(data) == request.max_content_length:
+        raise RequestEntityTooLarge  # of a chunked body, werkzeug keeps what is below the limit and says nothing
+    return parse_object(data)

@@ -1,0 +1,27 @@
+"""The one form in which every dialect asks for an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rustllama.api.options import Options
+from rustllama.api.requests import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is asked of which model: messages for its template, or a raw prompt."""
+
+    model: str  # as the request gives it
+    options: Options
+    messages: tuple[Turn, ...] = ()
+    raw_prompt: str | None = None
+    template: str | None = None  # Jinja, in the place of the model's own
+    keep_alive_s: float | None = None  # None: the server's setting
+    truncate: bool = True  # whether old turns may be left out
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Asks only for the model to be loaded, or unloaded."""
+        return not self.messages and not self.raw_prompt

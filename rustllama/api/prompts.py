@@ -1,0 +1,141 @@
+"""Messages to tokens: the model's template, and what is left out of a conversation that outgrew its context."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from rustllama.api.jobs import Job
+from rustllama.api.requests import Turn
+from rustllama.bridge import offload
+from rustllama.core import Engine, ModelRecord, Span
+from rustllama.errors import ContextExceeded
+from rustllama.templates import ChatTemplate
+
+_KEPT_TEMPLATES = 16
+# No text has so few tokens. What is longer is not even tokenized: tokenizers take seconds for megabytes.
+_BYTES_PER_TOKEN = 64
+# A cut moves by this share of the context, so that the next turns begin with the same text and reuse it.
+_STEPS = 4
+
+_NO_TEMPLATE = "the model's file has no chat template: ChatML was used"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is to be computed; it leaves room for a token."""
+
+    tokens: tuple[int, ...]
+    truncated_messages: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt that can be shortened: `render(start)` leaves out what precedes message `start`, but no system message.
+
+    `starts` are the messages it may begin with, the first for all of it.
+    """
+
+    render: Callable[[int], tuple[Span, ...]]
+    size_bytes: Callable[[int], int]
+    starts: Sequence[int] = (0,)
+
+
+class Prompts:
+    """Keeps the compiled templates of the models that were used last."""
+
+    def __init__(self) -> None:
+        self._templates: OrderedDict[str, ChatTemplate] = OrderedDict()
+
+    def build(self, job: Job, record: ModelRecord, engine: Engine, num_ctx: int) -> Prompt:
+        """Raises TemplateRefused, and ContextExceeded for what does not fit or may not be shortened."""
+        if job.raw_prompt is not None:
+            return _raw(job.raw_prompt, engine, num_ctx)
+        template = self._own(record) if job.template is None else offload(ChatTemplate.of, record.info, job.template)
+        return _chat(job, template, engine, num_ctx)
+
+    def _own(self, record: ModelRecord) -> ChatTemplate:
+        """The template of the model's file."""
+        template = self._templates.get(record.digest) or offload(ChatTemplate.of, record.info)
+        self._templates[record.digest] = template
+        self._templates.move_to_end(record.digest)
+        if len(self._templates) > _KEPT_TEMPLATES:
+            self._templates.popitem(last=False)
+        return template
+
+
+def _raw(prompt: str, engine: Engine, num_ctx: int) -> Prompt:
+    """A prompt without a template: its special tokens are the client's own."""
+    span = Span(prompt, trusted=True)
+    text = _Text(render=lambda _: (span,), size_bytes=lambda _: len(prompt.encode()))
+    return Prompt(_fit(text, engine, num_ctx)[1])
+
+
+def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Prompt:
+    messages = job.messages
+    text = _Text(
+        render=lambda start: offload(template.render, _kept(messages, start)),
+        size_bytes=lambda start: sum(_size_bytes(turn) for turn in _kept(messages, start)),
+        starts=_starts(messages) if job.truncate else (0,),
+    )
+    start, tokens = _fit(text, engine, num_ctx)
+    left_out = len(messages) - len(_kept(messages, start))
+    warnings = [_NO_TEMPLATE] if template.uses_fallback else []
+    if left_out:
+        warnings.append(f"the {left_out} oldest messages of {len(messages)} were left out to fit {num_ctx} tokens")
+    return Prompt(tokens, left_out, tuple(warnings))
+
+
+def _size_bytes(turn: Turn) -> int:
+    """Even an empty turn is a token."""
+    return _BYTES_PER_TOKEN + len(turn["content"].encode())
+
+
+def cut(weight: Callable[[int], int], starts: Sequence[int], limit: int, step: int) -> int:
+    """The index in `starts` of the first one that leaves at most `limit`, dropping in whole steps; else of the last.
+
+    Adding to the end leaves the answer as it is until another step has to go.
+    """
+    total = weight(starts[0])
+    if total <= limit:
+        return 0
+    drop = -(-(total - limit) // step) * step
+    found = bisect_left(starts, drop, key=lambda start: total - weight(start))
+    return min(found, len(starts) - 1)
+
+
+def _fit(text: _Text, engine: Engine, num_ctx: int) -> tuple[int, tuple[int, ...]]:
+    @cache
+    def tokens(start: int) -> tuple[int, ...]:
+        return engine.tokenize(text.render(start), add_special=True)
+
+    most_bytes = _BYTES_PER_TOKEN * num_ctx
+    starts = text.starts[cut(text.size_bytes, text.starts, most_bytes, most_bytes // _STEPS) :]
+    size_bytes = text.size_bytes(starts[0])
+    if size_bytes > most_bytes:
+        raise _too_long(f"about {size_bytes} bytes", num_ctx)
+    start = starts[cut(lambda start: len(tokens(start)), starts, num_ctx - 1, max(1, num_ctx // _STEPS))]
+    if len(tokens(start)) >= num_ctx:
+        raise _too_long(f"{len(tokens(start))} tokens", num_ctx)
+    return start, tokens(start)
+
+
+def _too_long(length: str, num_ctx: int) -> ContextExceeded:
+    return ContextExceeded(
+        f"The prompt has {length}, and the context holds {num_ctx} tokens with the answer: "
+        "shorten the prompt or ask for a larger 'num_ctx'."
+    )
+
+
+def _kept(messages: Sequence[Turn], start: int) -> list[Turn]:
+    return [turn for index, turn in enumerate(messages) if index >= start or turn["role"] == "system"]
+
+
+def _starts(messages: Sequence[Turn]) -> list[int]:
+    """All, and each later turn of a user's; the last message is never left out."""
+    spoken = [index for index, turn in enumerate(messages) if turn["role"] != "system"]
+    return [0, *(index for index in spoken[1:] if messages[index]["role"] == "user")]
