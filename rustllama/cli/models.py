@@ -1,0 +1,99 @@
+"""The verbs that look after models: create, list, show, rm, ps, stop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from rustllama.cli.format import clean, console_on, print_fields, print_table, since, size, spinner
+from rustllama.client import Client, Model, ModelCard
+
+
+def _client() -> Client:
+    return Client(os.environ.get("RUSTLLAMA_HOST", ""))
+
+
+@click.command(epilog="\b\nExample:\n  rustllama create llama3.2 ~/models/Llama-3.2-3B-Instruct-Q4_K_M.gguf")
+@click.argument("name")
+@click.argument("path", type=click.Path(path_type=Path))
+def create(name: str, path: Path) -> None:
+    """Register the GGUF file at PATH under NAME.
+
+    The file is used where it is. Of a split model, PATH is the first part.
+    """
+    with spinner(console_on(sys.stderr), f"Checking {path.name}"):
+        _client().create(name, str(path.expanduser().absolute()))
+    click.echo(f"Created {name}: chat with `rustllama run {name}`.")
+
+
+@click.command("list", epilog="\b\nExample:\n  rustllama list")
+def list_models() -> None:
+    """List the registered models (also: ls)."""
+    rows = ((model.name, size(model.size), *_details(model), since(model.modified_at)) for model in _client().models())
+    print_table(console_on(sys.stdout), ("NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED"), rows)
+
+
+def _details(model: Model) -> tuple[str, str]:
+    return model.details.parameter_size, model.details.quantization_level
+
+
+@click.command(epilog="\b\nExamples:\n  rustllama show demo\n  rustllama show demo --template")
+@click.argument("name")
+@click.option("--template", is_flag=True, help="Print the chat template alone.")
+def show(name: str, template: bool) -> None:
+    """Show what a model is."""
+    card = _client().show(name)
+    if template:
+        click.echo(clean(card.template))
+    else:
+        print_fields(console_on(sys.stdout), describe(card))
+
+
+def describe(card: ModelCard) -> Iterator[tuple[str, str]]:
+    """The rows that `show` and the console's `/show info` print."""
+    yield "architecture", card.details.family
+    yield "parameters", card.details.parameter_size
+    yield "quantization", card.details.quantization_level
+    yield "context", f"{card.model_info.get(f'{card.details.family}.context_length', 'unknown')} tokens"
+    yield "template", "yes" if card.template else "none in the file: ChatML is used"
+    yield "license", (card.license or "none in the file").strip().partition("\n")[0]
+    yield "path", card.path
+
+
+@click.command("rm", epilog="\b\nExample:\n  rustllama rm llama3.2")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def remove(names: tuple[str, ...]) -> None:
+    """Remove names; the files stay."""
+    client = _client()
+    for name in names:
+        client.delete(name)
+        click.echo(f"Removed {name}.")
+
+
+@click.command(epilog="\b\nExample:\n  rustllama ps")
+def ps() -> None:
+    """List the models in memory."""
+    rows = (
+        (
+            model.name.removesuffix(":latest"),
+            size(model.size),
+            str(model.context_length),
+            str(model.slots),
+            str(model.running),
+            since(model.expires_at) if model.expires_at else "for ever",
+        )
+        for model in _client().loaded()
+    )
+    print_table(console_on(sys.stdout), ("NAME", "SIZE", "CONTEXT", "SLOTS", "RUNNING", "UNTIL"), rows)
+
+
+@click.command(epilog="\b\nExample:\n  rustllama stop llama3.2")
+@click.argument("name")
+def stop(name: str) -> None:
+    """Unload a model from memory; running answers end first."""
+    _client().unload(name)
+    click.echo(f"Stopped {name}.")

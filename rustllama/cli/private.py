@@ -1,0 +1,89 @@
+"""The private server: started where none runs, and gone with the console that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+import rustllama
+from rustllama.cli.home import Home
+from rustllama.errors import RustllamaError
+
+_URL = re.compile(rb"https?://\S+")
+_LOG = "private-server.log"
+_GOODBYE_S = 5.0
+
+
+@contextlib.contextmanager
+def private_server(home: Home) -> Iterator[str]:
+    """The URL of a server on a free loopback port. It ends when its standard input closes, whatever ends the console.
+
+    It leads a session of its own, so neither Ctrl+C nor a closed terminal reaches it. Raises RustllamaError with the
+    last line of its log where it does not start.
+    """
+    process = _started(home)
+    assert process.stdin is not None
+    try:
+        url = _url(process)
+        if url is None:
+            raise _failure(process, home)
+        yield url
+    finally:
+        process.stdin.close()
+        process.terminate()  # it would notice the end of its input too, but later
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GOODBYE_S)
+
+
+def _started(home: Home) -> subprocess.Popen[bytes]:
+    environ = {
+        "RUSTLLAMA_HOME": str(home.path),
+        "RUSTLLAMA_HOST": "127.0.0.1:0",
+        "RUSTLLAMA_WORKERS": "1",
+        "RUSTLLAMA_STOP_ON_EOF": "1",
+    }
+    try:
+        home.file(_LOG).write_bytes(b"")
+    except OSError as error:
+        raise RustllamaError(f"RUSTLLAMA_HOME={home.path} cannot be written: {error.strerror}.") from None
+    with home.file(_LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rustllama", "serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=Path(rustllama.__file__).parent.parent,  # `-m` would import from the user's folder first
+            env={**os.environ, **environ},
+            start_new_session=True,
+        )
+
+
+def _url(process: subprocess.Popen[bytes]) -> str | None:
+    """Of the first line that holds one; a thread reads on, so that the pipe never fills."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := _URL.search(line):
+            Thread(target=_read_on, args=(process.stdout,), daemon=True).start()
+            return match.group().decode()
+    process.stdout.close()
+    return None
+
+
+def _read_on(stdout: IO[bytes]) -> None:
+    with stdout:
+        for _ in stdout:
+            pass
+
+
+def _failure(process: subprocess.Popen[bytes], home: Home) -> RustllamaError:
+    process.wait()
+    lines = home.file(_LOG).read_text(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {process.returncode}")
+    return RustllamaError(f"The private server did not start: {last.removeprefix('Error: ')}")

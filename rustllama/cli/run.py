@@ -1,0 +1,109 @@
+"""The verb `run`: chat in the console, or one answer for a script."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from rustllama.cli.format import console_on, spinner
+from rustllama.cli.home import Home
+from rustllama.cli.private import private_server
+from rustllama.client import Client
+from rustllama.errors import BadRequest, ServerUnreachable
+from rustllama.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rustllama.cli.chat import Chat
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="\b\nExamples:\n  rustllama run\n  rustllama run llama3.2\n  rustllama run ~/models/llama-3.2.gguf\n"
+    '  rustllama run demo "Why is the sky blue?"\n  cat letter.txt | rustllama run llama3.2 "Summarize this:"',
+)
+@click.argument("model", required=False)
+@click.argument("prompt", nargs=-1)
+@click.option("--verbose", is_flag=True, help="Show rates and times after each answer.")
+def run(model: str | None, prompt: tuple[str, ...], verbose: bool) -> None:
+    """Chat with MODEL, or answer PROMPT once.
+
+    MODEL is a name or the path of a GGUF file; without one it is the last used, else demo. Piped input is answered
+    once too, behind the PROMPT if there is one. Where no server runs, a private one does while this command lasts.
+    """
+    from rustllama.cli.chat import Chat
+    from rustllama.cli.pick import pick_model
+
+    home = Home(Settings.from_env(os.environ).home_path)
+    notes = console_on(sys.stderr)
+    question = None if sys.stdin.isatty() and not prompt else _question(prompt)
+    with _server(home, notes) as client:
+        chat = Chat(client, "", console_on(sys.stdout), notes, home, verbose)
+        if question is None:
+            _converse(chat, model)
+        else:
+            chat.model = pick_model(client, model, home, notes)
+            chat.ask(question)
+            home.remember(chat.model)
+
+
+def _question(prompt: tuple[str, ...]) -> str:
+    piped = "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace").strip("\r\n")
+    question = "\n\n".join(part for part in (" ".join(prompt), piped) if part.strip())
+    if not question:
+        raise BadRequest("There is nothing to answer: give a PROMPT or pipe some text in.")
+    return question
+
+
+@contextlib.contextmanager
+def _server(home: Home, notes: Console) -> Iterator[Client]:
+    """A client of the server that runs, else of a private one."""
+    from rustllama.cli.render import note
+
+    client = Client(os.environ.get("RUSTLLAMA_HOST", ""))
+    if _answers(client):
+        yield client
+        return
+    with contextlib.ExitStack() as stack:
+        with spinner(notes, "Starting a server"):
+            url = stack.enter_context(private_server(home))
+        note(notes, f"No server at {client.url}: a private one was started, which ends with this command.")
+        yield Client(url)
+
+
+def _answers(client: Client) -> bool:
+    try:
+        client.version()
+    except ServerUnreachable:
+        if client.is_local:
+            return False
+        raise
+    return True
+
+
+def _converse(chat: Chat, model: str | None) -> None:
+    from rustllama.cli.chat import converse
+    from rustllama.cli.commands import take
+    from rustllama.cli.pick import DEMO
+    from rustllama.cli.prompt import no_echo, reader
+    from rustllama.cli.render import note
+
+    def take_quietly(chat: Chat, text: str) -> None:
+        with no_echo():
+            take(chat, text)
+
+    chat.load(model)
+    note(chat.notes, f"This is {chat.model}. /help lists the commands, Ctrl+D leaves.")
+    if chat.model == DEMO:
+        note(
+            chat.notes,
+            f"{DEMO} is tiny: it knows rustllama and little else. For a real model download a GGUF file, "
+            "from huggingface.co for one, and start `rustllama run FILE.gguf`.",
+        )
+    converse(chat, reader(chat), take_quietly)

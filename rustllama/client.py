@@ -1,0 +1,285 @@
+"""The console's side of HTTP: typed requests to a rustllama server, and its refusals as RustllamaError."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+import requests
+import urllib3
+
+from rustllama.errors import RustllamaError, ServerUnreachable, SettingError
+from rustllama.settings import DEFAULT_PORT, parse_address
+
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 60.0  # of answers that need no model; the others may take as long as they like
+
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+_NO_LISTENER = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
+
+T = TypeVar("T")
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
+    rustllama: str
+
+
+class Details(msgspec.Struct, frozen=True):
+    family: str = ""
+    parameter_size: str = ""
+    quantization_level: str = ""
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A registered name. `size` is in bytes, `modified_at` RFC 3339."""
+
+    name: str
+    path: str = ""
+    modified_at: str = ""
+    size: int = 0
+    details: Details = Details()
+
+
+class LoadedModel(msgspec.Struct, frozen=True):
+    """A model in memory. `size` is in bytes, `context_length` in tokens; no `expires_at`: it stays."""
+
+    name: str
+    size: int = 0
+    context_length: int = 0
+    slots: int = 0
+    running: int = 0
+    queued: int = 0
+    expires_at: str | None = None
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What a server tells of one model; `model_info` has the keys of the GGUF."""
+
+    details: Details = Details()
+    model_info: dict[str, Any] = {}
+    template: str = ""
+    license: str | None = None
+    path: str = ""
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str = "assistant"
+    content: str = ""
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """One line of an answer. The last has `done`, the counts in tokens and the durations in nanoseconds."""
+
+    message: Message = Message()
+    done: bool = False
+    error: str | None = None
+    warnings: list[str] = []
+    load_duration: int = 0
+    queue_duration: int = 0
+    prompt_eval_count: int = 0
+    prompt_eval_cached_count: int = 0
+    prompt_eval_duration: int = 0
+    eval_count: int = 0
+    eval_duration: int = 0
+
+
+class _Models(msgspec.Struct):
+    models: list[Model]
+
+
+class _LoadedModels(msgspec.Struct):
+    models: list[LoadedModel]
+
+
+class _Failure(msgspec.Struct):
+    error: str
+
+
+class _Status(msgspec.Struct):
+    status: str
+
+
+def base_url(address: str) -> str:
+    """`scheme://host:port/prefix` of a RUSTLLAMA_HOST in any form; wildcards become loopback. Raises SettingError."""
+    scheme, separator, rest = address.strip().rpartition("://")
+    try:
+        host, port = parse_address(address)
+        prefix = urlsplit(f"//{rest}").path.rstrip("/") if "/" in rest else ""
+    except ValueError as error:
+        raise SettingError(f"RUSTLLAMA_HOST={address!r} is not valid: {error}.") from None
+    host = _WILDCARDS.get(host, host)
+    shown = f"[{host}]" if ":" in host else host
+    return f"{scheme if separator else 'http'}://{shown}:{port or DEFAULT_PORT}{prefix}"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+class Client:
+    """Requests to the server at `address`, any form of RUSTLLAMA_HOST; empty is the default address.
+
+    Every method raises ServerUnreachable where nothing listens, else RustllamaError with the server's own sentence.
+    """
+
+    def __init__(self, address: str = "") -> None:
+        self.url = base_url(address or "localhost")
+        self.is_local = is_loopback(urlsplit(self.url).hostname or "")
+
+    def version(self) -> Version:
+        """Also tells whether it is a rustllama server that answers: RustllamaError if not."""
+        try:
+            return self._call("GET", "/api/version", as_type=Version)
+        except ServerUnreachable:
+            raise
+        except RustllamaError:
+            raise RustllamaError(
+                f"What answers at {self.url} is no rustllama server: stop it or set RUSTLLAMA_HOST to another address."
+            ) from None
+
+    def models(self) -> list[Model]:
+        return self._call("GET", "/api/list", as_type=_Models).models
+
+    def loaded(self) -> list[LoadedModel]:
+        return self._call("GET", "/api/ps", as_type=_LoadedModels).models
+
+    def show(self, model: str) -> ModelCard:
+        return self._call("POST", "/api/show", {"model": model}, as_type=ModelCard)
+
+    def create(self, name: str, path: str) -> None:
+        """Registers the GGUF at `path`, absolute on the server's machine; proving it may take minutes."""
+        self._call("POST", "/api/create", {"name": name, "modelpath": path}, as_type=_Status, read_timeout_s=None)
+
+    def delete(self, name: str) -> None:
+        self._call("DELETE", "/api/delete", {"name": name}, as_type=_Status)
+
+    def load(self, model: str, options: Mapping[str, object] | None = None) -> Reply:
+        """Loads the model and lets the server check `options`."""
+        body = {"model": model, "messages": (), "options": options or {}}
+        return self._call("POST", "/api/chat", body, as_type=Reply, read_timeout_s=None)
+
+    def unload(self, model: str) -> None:
+        self._call("POST", "/api/chat", {"model": model, "messages": (), "keep_alive": 0}, as_type=Reply)
+
+    def chat(
+        self, model: str, messages: Sequence[Message], options: Mapping[str, object] | None = None
+    ) -> Generator[Reply, None, None]:
+        """The lines of a streamed answer as they come, the last with `done`.
+
+        Closing the generator closes the connection, which ends the server's work. A stream that breaks off raises.
+        """
+        body = {"model": model, "messages": messages, "options": options or {}, "stream": True}
+        with self._request("POST", "/api/chat", body, read_timeout_s=None) as response, self._translated():
+            done = False
+            for line in _lines(response):  # to the very end: a connection that is left early looks like a hang-up
+                reply = self._decoded(line, Reply)
+                if reply.error is not None:
+                    raise RustllamaError(reply.error)
+                yield reply
+                done = reply.done
+            if not done:
+                raise self._broken()
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None = None,
+        *,
+        as_type: type[T],
+        read_timeout_s: float | None = READ_TIMEOUT_S,
+    ) -> T:
+        with self._request(method, path, body, read_timeout_s=read_timeout_s) as response, self._translated():
+            return self._decoded(response.content, as_type)
+
+    def _request(
+        self, method: str, path: str, body: Mapping[str, object] | None, *, read_timeout_s: float | None
+    ) -> requests.Response:
+        """A 200 whose body is still to be read.
+
+        Each request has a connection of its own: one that was kept may be closed by the server at any moment.
+        """
+        with self._translated(), requests.Session() as session:
+            session.trust_env = not self.is_local  # a proxy cannot reach this machine's loopback
+            response = session.request(
+                method,
+                self.url + path,
+                data=None if body is None else _encoded(body),
+                headers={"Content-Type": "application/json"},
+                timeout=(CONNECT_TIMEOUT_S, read_timeout_s),
+                stream=True,
+                allow_redirects=False,
+            )
+            if response.status_code != 200:
+                raise self._refusal(response)
+            return response
+
+    def _refusal(self, response: requests.Response) -> RustllamaError:
+        with response, contextlib.suppress(msgspec.MsgspecError):
+            return RustllamaError(msgspec.json.decode(response.content, type=_Failure).error)
+        return self._stranger(f"status {response.status_code}")
+
+    def _decoded(self, content: bytes, as_type: type[T]) -> T:
+        try:
+            return msgspec.json.decode(content, type=as_type)
+        except msgspec.MsgspecError:
+            raise self._stranger("something that is not its JSON") from None
+
+    def _stranger(self, answer: str) -> RustllamaError:
+        return RustllamaError(f"{self.url} answered with {answer}: is it a rustllama server? RUSTLLAMA_HOST names it.")
+
+    def _broken(self) -> RustllamaError:
+        return RustllamaError(f"The connection to {self.url} broke before the answer was complete: try again.")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Whatever requests raises, as one sentence."""
+        try:
+            yield
+        except (requests.exceptions.SSLError, requests.exceptions.ProxyError) as error:
+            raise RustllamaError(f"No connection to {self.url}: {_reason(error)}.") from None
+        except requests.exceptions.ReadTimeout:
+            raise RustllamaError(f"{self.url} did not answer within {READ_TIMEOUT_S:.0f} seconds: try again.") from None
+        except requests.RequestException as error:
+            if isinstance(_cause(error), _NO_LISTENER):
+                raise self._unreachable() from None
+            raise self._broken() from None
+
+    def _unreachable(self) -> ServerUnreachable:
+        where = "start one with `rustllama serve`" if self.is_local else "start `rustllama serve` there"
+        return ServerUnreachable(f"No server answers at {self.url}: {where}, or set RUSTLLAMA_HOST to another address.")
+
+
+def _encoded(body: Mapping[str, object]) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:
+        raise RustllamaError("The text or path is not valid UTF-8.") from None
+
+
+def _lines(response: requests.Response) -> Iterator[bytes]:
+    """The complete lines of a body as its chunks arrive; what follows the last newline is broken and left out."""
+    rest = b""
+    for chunk in response.iter_content(None):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from filter(None, lines)
+
+
+def _cause(error: requests.RequestException) -> object:
+    """What urllib3 met, below the MaxRetryError it wraps it in."""
+    inner = error.args[0] if error.args else error
+    return getattr(inner, "reason", None) or inner
+
+
+def _reason(error: requests.RequestException) -> str:
+    return str(_cause(error)).splitlines()[0].rstrip(".")
