@@ -30,6 +30,22 @@ NATIVE_STACK_BYTES = 512 * 1024**2
 FILE_THREADS = 8
 
 
+class _Outcome(Generic[T]):
+    """What a call returned or raised, to be told elsewhere; gevent would print what its threads and greenlets raise."""
+
+    def __init__(self, fn: Callable[..., T], args: Any = (), kwargs: Any = None) -> None:
+        self._error: Exception | None = None
+        try:
+            self._value = fn(*args, **(kwargs or {}))
+        except Exception as error:  # any: `get` raises it
+            self._error = error
+
+    def get(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
 class NativeThreads:
     """A bounded pool of native threads. The greenlet that calls waits, the hub does not; one thread serializes."""
 
@@ -51,8 +67,8 @@ class NativeThreads:
         """Runs `fn` in the thread and returns or raises what it does."""
         self._waiting += 1
         try:
-            result: T = self._pool.apply(fn, args, kwargs)
-            return result
+            outcome: _Outcome[T] = self._pool.apply(_Outcome, (fn, args, kwargs))
+            return outcome.get()
         finally:
             self._waiting -= 1
 
@@ -77,6 +93,12 @@ def offload(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 def spawn(fn: Callable[[], None]) -> None:
     """Runs `fn` in a greenlet of its own; it must not raise."""
     gevent.spawn(fn)
+
+
+def shielded(fn: Callable[[], T]) -> T:
+    """Calls `fn` in a greenlet of its own: it comes to its end also where the client of the calling one leaves."""
+    outcome: _Outcome[T] = gevent.spawn(_Outcome, fn).get()
+    return outcome.get()
 
 
 def native_lock() -> Any:

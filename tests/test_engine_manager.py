@@ -38,6 +38,7 @@ class FakeEngine:
     reserved: int = 0
     closed: bool = False
     ended: RustllamaError | None = None
+    close_s: float = 0.0
 
     def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
         raise NotImplementedError
@@ -56,6 +57,7 @@ class FakeEngine:
 
     def close(self) -> None:
         assert not self.closed
+        gevent.sleep(self.close_s)
         self.closed = True
 
 
@@ -231,3 +233,15 @@ def test_a_replaced_file_is_another_model_while_the_old_one_ends() -> None:
     assert len(made.loaded()) == 2
     lease.release()
     assert [loaded.record for loaded in made.loaded()] == [new]
+
+
+def test_a_client_that_leaves_while_a_model_is_freed_does_not_stop_that() -> None:
+    made = manager(factory := Factory())
+    lease = made.acquire(record("a"), keep_alive_s=0)
+    factory.made[0].close_s = 0.01
+    leaving = gevent.spawn(lease.release)
+    gevent.sleep(0)
+    leaving.kill()
+    with gevent.Timeout(5):
+        while not factory.made[0].closed:
+            gevent.sleep(0.005)

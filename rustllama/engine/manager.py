@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -222,9 +223,12 @@ class EngineManager:
             warnings += (f"num_ctx {num_ctx} is more than the model was trained for: {trained} is used",)
             num_ctx = trained
         if num_ctx > entry.plan.n_ctx:
-            with self._loading:
-                entry.engine.reserve(num_ctx, self._available())
+            bridge.shielded(functools.partial(self._reserve, entry.engine, num_ctx))
         return num_ctx, warnings
+
+    def _reserve(self, engine: Engine, num_ctx: int) -> None:
+        with self._loading:
+            engine.reserve(num_ctx, self._available())
 
     def _release(self, entry: _Entry) -> None:
         entry.references -= 1
@@ -255,7 +259,7 @@ class EngineManager:
         if entry.timer is not None:
             entry.timer.close()
         self._forget(entry)
-        engine.close()
+        bridge.shielded(engine.close)
         self._released.set()
 
     def _forget(self, entry: _Entry) -> None:

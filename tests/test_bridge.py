@@ -1,0 +1,117 @@
+"""Between greenlets and native threads."""
+
+from __future__ import annotations
+
+import _thread
+import socket
+import time
+from collections import deque
+
+import gevent
+import pytest
+
+from rustllama import bridge
+from rustllama.errors import BadRequest, Cancelled
+
+
+def test_the_hub_goes_on_while_a_thread_works() -> None:
+    working = gevent.spawn(bridge.offload, time.sleep, 0.05)
+    turns = 0
+    while not working.ready():
+        gevent.sleep(0.001)
+        turns += 1
+    assert turns > 5
+
+
+def test_an_error_of_a_thread_is_raised_at_the_caller_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise BadRequest("no")
+
+    with pytest.raises(BadRequest, match="no"):
+        bridge.offload(fail)
+    assert capsys.readouterr().err == ""
+
+
+def test_native_threads_have_room_for_a_deep_recursion() -> None:
+    def deep(levels: int) -> int:
+        return 0 if not levels else 1 + max([deep(levels - 1)])
+
+    before = _thread.stack_size()
+    assert bridge.offload(deep, 900) == 900
+    assert _thread.stack_size() == before
+
+
+def test_one_thread_serializes_and_knows_who_waits() -> None:
+    threads, order = bridge.NativeThreads(1), list[str]()
+
+    def work(name: str) -> None:
+        order.append(f"{name} begins")
+        time.sleep(0.01)
+        order.append(f"{name} ends, {threads.contended}")
+
+    gevent.joinall([gevent.spawn(threads.call, work, name) for name in "ab"])
+    assert order == ["a begins", "a ends, True", "b begins", "b ends, False"]
+    threads.close()
+
+
+def test_a_relay_delivers_in_order_from_a_thread() -> None:
+    seen: list[int] = []
+    relay = bridge.Relay(seen.append)
+    bridge.offload(lambda: deque(map(relay.post, range(100))))
+    relay.close()
+    assert seen == list(range(100))
+
+
+def test_a_mailbox_raises_what_it_was_given() -> None:
+    box: bridge.Mailbox[int] = bridge.Mailbox()
+    box.put(1)
+    box.put(BadRequest("no"))
+    assert box.get() == 1
+    with pytest.raises(BadRequest):
+        box.get()
+
+
+def test_shielded_work_outlives_its_caller() -> None:
+    done: list[bool] = []
+
+    def work() -> None:
+        gevent.sleep(0.01)
+        done.append(True)
+
+    caller = gevent.spawn(bridge.shielded, work)
+    gevent.sleep(0)
+    caller.kill()
+    gevent.sleep(0.05)
+    assert done == [True]
+
+
+@pytest.mark.parametrize(("sent", "gone"), [(b"", True), (b"GET / HTTP/1.1", False)])
+def test_a_client_that_hangs_up_interrupts_its_request_and_one_that_sends_ahead_does_not(
+    sent: bytes, gone: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+
+    def serve() -> str:
+        try:
+            with bridge.watch_client({"gunicorn.socket": ours}):
+                gevent.sleep(0.1)
+        except Cancelled:
+            return "cancelled"
+        return "served"
+
+    request = gevent.spawn(serve)
+    gevent.sleep(0)
+    theirs.sendall(sent)
+    if not sent:
+        theirs.close()
+    assert request.get() == ("cancelled" if gone else "served")
+    ours.close()
+    theirs.close()
+
+
+def test_a_closed_timer_never_fires() -> None:
+    fired: list[int] = []
+    bridge.Timer(0.001, lambda: fired.append(1)).close()
+    bridge.Timer(0.001, lambda: fired.append(2))
+    gevent.sleep(0.02)
+    assert fired == [2]
