@@ -125,6 +125,26 @@ def test_options_reach_the_sampler(house: House) -> None:
     assert (request.max_tokens, request.stop) == (2, ("x",))
 
 
+def recommend(house: House, **sampling: float) -> None:
+    """Gives the model's file these `general.sampling` keys."""
+    record = house.registry.get("toy")
+    keys = {f"general.sampling.{name}": value for name, value in sampling.items()}
+    house.registry.put(replace(record, info=replace(record.info, metadata={**record.info.metadata, **keys})))
+
+
+def test_what_the_file_recommends_comes_between_the_request_and_the_defaults(house: House) -> None:
+    recommend(house, temp=0.25, top_k=7, penalty_repeat=1.5)
+    house.chat("Hi", options={"top_k": 3})
+    assert house.engines.request.sampling == SamplingParams(temperature=0.25, top_k=3, repeat_penalty=1.5)
+    assert "temperature                    0.25\n" in ok(house.post("/api/show", model="toy"))["parameters"]
+
+
+def test_a_recommendation_out_of_range_is_left_alone(house: House) -> None:
+    recommend(house, temp=-5.0)
+    house.chat("Hi")
+    assert house.engines.request.sampling == SamplingParams()
+
+
 def test_a_bound_on_tokens_ends_the_answer_by_length(house: House) -> None:
     reply = ok(house.chat("Hi", options={"num_predict": 2}))
     assert (reply["done_reason"], reply["message"]["content"]) == ("length", "Hello there")

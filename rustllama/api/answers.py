@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rustllama.api.access import Call, call_of
 from rustllama.api.catalog import Catalog
 from rustllama.api.jobs import Job
+from rustllama.api.options import recommended
 from rustllama.api.prompts import Prompt, Prompts
 from rustllama.bridge import watch_client
 from rustllama.core import Delta, GenerateRequest, ModelRecord, Stream
@@ -90,7 +91,7 @@ class Answers:
             lease, record = self._acquire(job, call)
             held.enter_context(lease)
             prompt = self._prompts.build(job, record, lease.engine, lease.num_ctx)
-            stream = lease.engine.submit(_request(call.id, job, prompt, lease.num_ctx))
+            stream = lease.engine.submit(_request(call.id, job, record, prompt, lease.num_ctx))
             held.callback(stream.cancel)
             answer = Answer(job, call, lease, prompt, stream)
             answer.hold(held, watch)
@@ -116,12 +117,12 @@ class Answers:
         return lease, record
 
 
-def _request(id: str, job: Job, prompt: Prompt, num_ctx: int) -> GenerateRequest:
+def _request(id: str, job: Job, record: ModelRecord, prompt: Prompt, num_ctx: int) -> GenerateRequest:
     return GenerateRequest(
         id=id,
         prompt=prompt.tokens,
         num_ctx=num_ctx,
         max_tokens=job.options.max_tokens,
         stop=job.options.stops,
-        sampling=job.options.sampling(),
+        sampling=job.options.sampling(recommended(record.info)),
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from rustllama.core import ModelRecord
+import msgspec
+
+from rustllama.api.options import recommended
+from rustllama.core import ModelInfo, ModelRecord
 from rustllama.engine.manager import LoadedModel
 
 
@@ -57,7 +60,7 @@ def shown(record: ModelRecord) -> dict[str, object]:
     info = record.info
     return {
         "modelfile": f"FROM {record.path}\n",
-        "parameters": "",
+        "parameters": _parameters(info),
         "template": info.chat_template or "",
         "system": "",
         "license": info.license or "",
@@ -73,6 +76,12 @@ def shown(record: ModelRecord) -> dict[str, object]:
         "digest": record.digest,
         "size": info.size_bytes,
     }
+
+
+def _parameters(info: ModelInfo) -> str:
+    """As in a Modelfile, a line each: what the file recommends."""
+    given = msgspec.structs.asdict(recommended(info))
+    return "".join(f"{name:<30} {value}\n" for name, value in given.items() if value is not None)
 
 
 def openai_model(record: ModelRecord) -> dict[str, object]:

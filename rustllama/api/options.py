@@ -9,7 +9,8 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from rustllama.api.decoding import Fields, typed
-from rustllama.core import LoadOptions, SamplingParams
+from rustllama.core import LoadOptions, ModelInfo, SamplingParams
+from rustllama.errors import BadRequest
 
 # Beyond these ranges llama.cpp wraps round, allocates without end or kills the process.
 Context = Annotated[int, Meta(ge=16, le=1 << 22)]
@@ -17,6 +18,14 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-10, le=10)]
 StopString = Annotated[str, Meta(max_length=1000)]
 
+_KEYS_IN_A_FILE = {  # llama.cpp, llama-arch.cpp: LLM_KV_GENERAL_SAMPLING_*
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_last_n": "penalty_last_n",
+    "repeat_penalty": "penalty_repeat",
+}
 _SEEDS = 0xFFFFFFFF  # llama.cpp's own "random"
 _MOST_WARNINGS = 10  # about unknown options
 
@@ -53,9 +62,15 @@ class Options(Struct, frozen=True, kw_only=True):
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, recommended: Options) -> SamplingParams:
+        """The request's values before those that the model's file recommends, before the defaults."""
         names = [spec.name for spec in fields(SamplingParams)]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {
+            name: value
+            for name in names
+            for value in (getattr(recommended, name), getattr(self, name))
+            if value is not None
+        }
         if self.seed is not None:
             given["seed"] = -1 if self.seed < 0 else self.seed % _SEEDS
         return SamplingParams(**given)
@@ -67,6 +82,15 @@ class Options(Struct, frozen=True, kw_only=True):
             num_batch=self.num_batch,
             use_mmap=self.use_mmap,
         )
+
+
+def recommended(info: ModelInfo) -> Options:
+    """What the model's file recommends under `general.sampling`, as far as it can be used."""
+    given = {name: info.metadata.get(f"general.sampling.{key}") for name, key in _KEYS_IN_A_FILE.items()}
+    try:
+        return typed(Options, given)
+    except BadRequest:
+        return Options()
 
 
 def read_options(raw: Fields) -> tuple[Options, tuple[str, ...]]:
