@@ -20,6 +20,7 @@ from rustllama.client import Client
 from rustllama.errors import Unavailable
 
 MODEL_NAME = "bench"
+_TEMPLATE_TOKENS = 64  # room for what a chat template adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,11 @@ class Comparison:
 def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     """Of the plan, only lengths and concurrency count. Raises Unavailable where a run fails.
 
-    The private server takes its settings from the environment; without RUSTLLAMA_SLOTS all streams get one.
+    The private server takes its settings from the environment; what that leaves open is made as the bare loop has it:
+    a slot for each stream, and a context that just holds its tokens.
     """
     os.environ.setdefault("RUSTLLAMA_SLOTS", str(plan.concurrency))
+    os.environ.setdefault("RUSTLLAMA_NUM_CTX", str(plan.prompt_tokens + plan.answer_tokens + _TEMPLATE_TOKENS))
     together: list[Pair] = []
     whole: list[Pair] = []
     with tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder, private_server(Home(Path(folder))) as url:

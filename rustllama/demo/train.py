@@ -50,6 +50,7 @@ class Recipe:
         Phase(steps=3_700, learning_rate=3e-3, echoes=0.5, echo_pools=70, chatter=0.0),
         Phase(steps=1_500, learning_rate=1.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
         Phase(steps=1_700, learning_rate=2e-3, echoes=0.0, echo_pools=0, chatter=0.4),
+        Phase(steps=1_600, learning_rate=1.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
     )
     batch_tokens: int = 4_096
     warmup_steps: int = 100
