@@ -53,7 +53,7 @@ class NativeThreads:
         previous = _thread.stack_size(NATIVE_STACK_BYTES)
         try:
             self._pool = ThreadPool(threads)
-            self._pool.map(_nothing, range(threads))  # the threads start now, with this stack
+            self._pool.map(_Meeting(threads).attend, range(threads))  # all threads start now, with this stack
         finally:
             _thread.stack_size(previous)
         self._waiting = 0
@@ -76,8 +76,17 @@ class NativeThreads:
         self._pool.kill()
 
 
-def _nothing(_: int) -> None:
-    return None
+class _Meeting:
+    """Keeps each thread until all are there, or the first would do all the work and the others start later."""
+
+    def __init__(self, threads: int) -> None:
+        self._absent = list(range(threads))
+        self._sleep = get_original("time", "sleep")
+
+    def attend(self, _: int) -> None:
+        self._absent.pop()
+        while self._absent:
+            self._sleep(0.0002)
 
 
 @cache

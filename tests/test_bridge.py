@@ -6,6 +6,7 @@ import _thread
 import socket
 import time
 from collections import deque
+from pathlib import Path
 
 import gevent
 import pytest
@@ -39,6 +40,13 @@ def test_native_threads_have_room_for_a_deep_recursion() -> None:
     before = _thread.stack_size()
     assert bridge.offload(deep, 900) == 900
     assert _thread.stack_size() == before
+
+
+def test_all_threads_of_a_pool_have_that_room_from_the_start() -> None:
+    before = len(list(Path("/proc/self/task").iterdir()))
+    threads = bridge.NativeThreads(5)
+    assert len(list(Path("/proc/self/task").iterdir())) == before + 5
+    threads.close()
 
 
 def test_one_thread_serializes_and_knows_who_waits() -> None:

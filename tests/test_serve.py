@@ -210,7 +210,7 @@ def test_what_was_acknowledged_survives_a_kill_of_everything(tmp_path: Path, slo
 def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy_server: Server) -> None:
     """A tenth of the thousand that `rustllama bench --leave 1000` makes."""
     stream(toy_server, 5).content  # noqa: B018 - the model and the threads are there now
-    before = _resources(toy_server)
+    threads, sockets = _resources(toy_server)
 
     def leave(_: int) -> None:
         response = stream(toy_server, 1000)
@@ -220,7 +220,7 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy_server: Serve
     with ThreadPoolExecutor(8) as clients:
         list(clients.map(leave, range(100)))
     until(lambda: loaded(toy_server)["running"] + loaded(toy_server)["queued"] == 0)
-    until(lambda: _resources(toy_server) == before)
+    until(lambda: _resources(toy_server)[0] <= threads and _resources(toy_server)[1] <= sockets)
 
 
 def _resources(server: Server) -> tuple[int, int]:
