@@ -61,16 +61,15 @@ class Model:
             raise BadModelFile(f"llama.cpp could not load '{path}': {_words()}.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.recurrent: bool = llama_cpp.llama_model_is_recurrent(self._model)
         self._pieces: dict[int, bytes | None] = {}
 
-    def tokenize(self, text: str, *, parse_special: bool, add_special: bool = False) -> list[int]:
-        """`parse_special` lets text that spells a special token become it; `add_special` adds BOS and EOS."""
+    def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
+        """`parse_special` lets text that spells a special token become it; no BOS is added, see `leading_bos`."""
         data = text.encode("utf-8", "replace")
         size = len(data) + 8
         while True:
             tokens = (llama_cpp.llama_token * size)()
-            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, size, add_special, parse_special)
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, size, False, parse_special)
             if count >= 0:
                 return list(tokens[:count])
             size = -count
