@@ -1,10 +1,12 @@
 """The only door to gevent: worker threads for blocking calls, greenlets, events, and the watch on a client's socket.
 
-Everything here works in the hub of the thread that first uses it, with or without gevent's monkey-patching.
+Everything here works in the hub of the thread that first uses it. Nothing is monkey-patched: greenlets and native
+threads share locks (imports, logging, Jinja2's caches), and gevent's own wake nobody in another thread.
 """
 
 from __future__ import annotations
 
+import _socket
 import _thread
 import socket
 from collections import deque
@@ -16,7 +18,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import gevent
 from gevent.event import Event as Event
 from gevent.lock import RLock as RLock
-from gevent.monkey import get_original
 from gevent.queue import SimpleQueue
 from gevent.threadpool import ThreadPool
 
@@ -53,7 +54,7 @@ class NativeThreads:
         previous = _thread.stack_size(NATIVE_STACK_BYTES)
         try:
             self._pool = ThreadPool(threads)
-            self._pool.map(_Meeting(threads).attend, range(threads))  # all threads start now, with this stack
+            self._pool.size = threads  # all threads start now, with this stack
         finally:
             _thread.stack_size(previous)
         self._waiting = 0
@@ -76,19 +77,6 @@ class NativeThreads:
         self._pool.kill()
 
 
-class _Meeting:
-    """Keeps each thread until all are there, or the first would do all the work and the others start later."""
-
-    def __init__(self, threads: int) -> None:
-        self._absent = list(range(threads))
-        self._sleep = get_original("time", "sleep")
-
-    def attend(self, _: int) -> None:
-        self._absent.pop()
-        while self._absent:
-            self._sleep(0.0002)
-
-
 @cache
 def _file_threads() -> NativeThreads:
     return NativeThreads(FILE_THREADS)
@@ -108,11 +96,6 @@ def shielded(fn: Callable[[], T]) -> T:
     """Calls `fn` in a greenlet of its own: it comes to its end also where the client of the calling one leaves."""
     outcome: _Outcome[T] = gevent.spawn(_Outcome, fn).get()
     return outcome.get()
-
-
-def native_lock() -> Any:
-    """A lock between the hub and a native thread, to be held for a moment only."""
-    return get_original("_thread", "allocate_lock")()
 
 
 class Timer:
@@ -205,7 +188,7 @@ class _Watch:
 
 def _hung_up(fd: int) -> bool:
     """Peeks below gevent's and TLS's wrappers."""
-    raw = socket.socket(fileno=fd)
+    raw = _socket.socket(fileno=fd)
     try:
         return raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:

@@ -7,15 +7,12 @@ alarm. So waiting for it is one call that always ends, and nothing is left behin
 from __future__ import annotations
 
 import os
-import posix
 import re
 import signal
+import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
@@ -41,69 +38,54 @@ class Verdict(msgspec.Struct, frozen=True):
     out_of_memory: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    signal: int  # 0: it exited
-    printed: bytes
-    words: str  # the last line on stderr that says something
-
-
 def prove(path: Path, *, timeout_s: float, child: Sequence[str] = CHILD) -> None:
     """Loads the model, renders its template, tokenizes and decodes a token, elsewhere. For a worker thread.
 
     Large files get more time than `timeout_s`. Raises BadModelFile, OutOfMemory or InternalError.
     """
     ended = _run([*child, str(path), str(timeout_s)])
-    if ended.signal:
-        raise _death(path, ended)
+    words = _last_words(ended.stderr)
+    if ended.returncode < 0:
+        raise _death(path, -ended.returncode, words)
     try:
-        verdict = msgspec.json.decode(ended.printed, type=Verdict)
+        verdict = msgspec.json.decode(ended.stdout, type=Verdict)
     except msgspec.DecodeError:
-        raise InternalError(f"{path} could not be proved: the child process failed ({ended.words}).") from None
+        raise InternalError(f"{path} could not be proved: the child process failed ({words}).") from None
     if verdict.bad_model_file is not None:
         raise BadModelFile(verdict.bad_model_file)
     if verdict.out_of_memory is not None:
         raise OutOfMemory(verdict.out_of_memory)
 
 
-def _run(command: list[str]) -> _Ended:
-    """Waits without a hub: the functions of `posix` stay as they are when gevent replaces those of `os`."""
+def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    """In a process group of its own: a terminal's Ctrl+C is not for it."""
     try:
-        with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as words:
-            actions = [
-                (posix.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (posix.POSIX_SPAWN_DUP2, printed.fileno(), 1),
-                (posix.POSIX_SPAWN_DUP2, words.fileno(), 2),
-            ]
-            environment = {**os.environ, **_ENVIRONMENT}
-            pid = posix.posix_spawn(command[0], command, environment, file_actions=actions, setpgroup=0, setsigmask=())
-            _, status = posix.waitpid(pid, 0)
-            return _Ended(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, _read(printed), _last_words(words))
+        return subprocess.run(
+            command,
+            env={**os.environ, **_ENVIRONMENT},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            start_new_session=True,
+            check=False,
+        )
     except OSError as error:
         raise InternalError(f"a model could not be proved in a child process: {error.strerror}.") from error
 
 
-def _read(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
-def _last_words(file: IO[bytes]) -> str:
+def _last_words(stderr: bytes) -> str:
     """The line that tells why, without the place where llama.cpp was built."""
-    lines = [line.strip() for line in _read(file).decode("utf-8", "replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"GGML_ASSERT|GGML_ABORT|fatal error|what\(\)|Error", line)]
     words = (telling or lines or ["it said nothing"])[-1]
     return re.sub(r"(?<!\S)/\S*/(?=[^/\s]+:\d+)", "", words)[:_LONGEST_WORDS].rstrip(".")
 
 
-def _death(path: Path, ended: _Ended) -> BadModelFile | OutOfMemory:
-    if ended.signal in _OUT_OF_TIME:
+def _death(path: Path, number: int, words: str) -> BadModelFile | OutOfMemory:
+    if number in _OUT_OF_TIME:
         return BadModelFile(
             f"{path} did not generate a token in time; if the machine is only slow, raise RUSTLLAMA_PROBE_TIMEOUT."
         )
-    if ended.signal in _KILLED_FOR_MEMORY or "bad_alloc" in ended.words:
+    if number in _KILLED_FOR_MEMORY or "bad_alloc" in words:
         return OutOfMemory(f"{path} needs more memory than there is; free some, or take a smaller model.")
-    name = signal.Signals(ended.signal).name
-    return BadModelFile(
-        f"{path} kills llama.cpp with {name} ({ended.words}); it is damaged, or made for another version."
-    )
+    name = signal.Signals(number).name
+    return BadModelFile(f"{path} kills llama.cpp with {name} ({words}); it is damaged, or made for another version.")

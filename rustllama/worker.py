@@ -45,6 +45,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._leaving = Event()
         self._serving = False
 
+    def patch(self) -> None:
+        """Makes the listeners gevent's and patches nothing; `bridge` says why."""
+        self.sockets: list[Any] = [
+            gevent.socket.socket(listener.FAMILY, socket.SOCK_STREAM, fileno=listener.sock.detach())
+            for listener in self.sockets
+        ]
+
     def init_signals(self) -> None:
         super().init_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl+C reaches the whole process group

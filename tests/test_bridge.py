@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import socket
+import subprocess
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -47,6 +49,21 @@ def test_all_threads_of_a_pool_have_that_room_from_the_start() -> None:
     threads = bridge.NativeThreads(5)
     assert len(list(Path("/proc/self/task").iterdir())) == before + 5
     threads.close()
+
+
+def test_the_worker_leaves_locks_as_they_are() -> None:
+    """A lock that gevent has replaced wakes nobody in another thread: two imports at once would wait for ever."""
+    program = """
+from gevent import monkey
+from rustllama.worker import Worker
+
+worker = object.__new__(Worker)
+worker.sockets = []
+worker.patch()
+print(monkey.saved)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("{}\n", "")
 
 
 def test_one_thread_serializes_and_knows_who_waits() -> None:

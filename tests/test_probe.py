@@ -127,18 +127,6 @@ def test_the_limits_of_the_child_grow_with_the_file() -> None:
     assert sys.platform != "linux" or int(addresses) == 2_000_000_000 + (8 << 30)
 
 
-def test_it_works_in_a_thread_of_a_patched_process(toy: Path) -> None:
-    """gevent's own subprocess and waitpid need a hub, which worker threads have not."""
-    program = (
-        "from gevent import monkey; monkey.patch_all();"
-        "import sys; from pathlib import Path; from gevent.threadpool import ThreadPool;"
-        "from rustllama.probe import prove;"
-        "ThreadPool(1).apply(prove, (Path(sys.argv[1]),), {'timeout_s': 60}); print('proved')"
-    )
-    done = subprocess.run([sys.executable, "-c", program, toy], capture_output=True, text=True, check=False)
-    assert done.stdout == "proved\n", done.stderr
-
-
 def test_the_child_does_not_load_gevent_or_flask() -> None:
     program = "import sys, rustllama.probe_child; print(sorted({'gevent', 'flask', 'peewee'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from rustllama import bridge
 from rustllama.core import Delta
 from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
@@ -32,7 +32,7 @@ class Runner:
         self._go_on = go_on
         self._samplers: dict[Sequence, Sampler] = {}
         self._alone: Sequence | None = None  # whose prompt call runs now, and carries nobody else
-        self._lock = bridge.native_lock()
+        self._lock = threading.Lock()
 
     def run(self, batch: Batch) -> Outcome:
         """One step, and further decode steps while nothing else is to be done."""
