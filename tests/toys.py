@@ -96,6 +96,7 @@ def write_toy(path: Path, shape: ToyShape = LLAMA, **changes: Any) -> Path:
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, shape: ToyShape) -> None:
     writer.add_name("toy")
+    writer.add_float32("general.sampling.temp", 0.0)  # or an answer would end by chance in the middle of a test
     mix = "ALL_F32" if shape.quantization == "F32" else f"MOSTLY_{shape.quantization}"
     writer.add_file_type(gguf.LlamaFileType[mix])
     writer.add_context_length(shape.context_length)
