@@ -47,10 +47,8 @@ class Recipe:
     """How long and how fast it learns; a step sees about `batch_tokens` tokens, dialogues of like length together."""
 
     phases: tuple[Phase, ...] = (
-        Phase(steps=3_700, learning_rate=3e-3, echoes=0.5, echo_pools=70, chatter=0.0),
-        Phase(steps=1_500, learning_rate=1.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
-        Phase(steps=1_700, learning_rate=2e-3, echoes=0.0, echo_pools=0, chatter=0.4),
-        Phase(steps=1_600, learning_rate=1.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
+        Phase(steps=2_800, learning_rate=3e-3, echoes=0.5, echo_pools=60, chatter=0.0),
+        Phase(steps=4_900, learning_rate=2.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
     )
     batch_tokens: int = 4_096
     warmup_steps: int = 100
