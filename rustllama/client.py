@@ -168,8 +168,10 @@ class Client:
         body = {"model": model, "messages": (), "options": options or {}}
         return self._call("POST", "/api/chat", body, as_type=Reply, read_timeout_s=None)
 
-    def unload(self, model: str) -> None:
-        self._call("POST", "/api/chat", {"model": model, "messages": (), "keep_alive": 0}, as_type=Reply)
+    def unload(self, model: str, *, forget: bool = False) -> None:
+        """`forget`: its computed prompts leave with it."""
+        body = {"model": model, "messages": (), "keep_alive": 0, "forget": forget}
+        self._call("POST", "/api/chat", body, as_type=Reply)
 
     def chat(
         self, model: str, messages: Sequence[Message], options: Mapping[str, object] | None = None

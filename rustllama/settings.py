@@ -111,6 +111,12 @@ class Settings:
     memory_limit: int | None = _setting(
         parse_size_bytes, None, "memory for all models; default: what the machine or its cgroup has free"
     )
+    prompt_cache_memory: int | None = _setting(
+        parse_size_bytes,
+        None,
+        "memory for computed prompts, within the limit; 0: none are kept or shared; default: a tenth, at most 1 GiB",
+    )
+    reuse_text: bool = _setting(_yes, True, "take what a model wrote as the tokens it wrote when its text comes back")
     num_ctx: int = _setting(_whole(16, 1 << 22), 8192, "tokens of a usual context; less where memory is short")
     slots: int | None = _setting(
         _whole(1, 256), None, "answers a model generates at once; default: as spare memory allows, at most 16"
@@ -123,6 +129,9 @@ class Settings:
     num_gpu: int = _setting(_whole(-1, 1024), -1, "layers on the GPU; -1: all that fit")
     use_mmap: bool = _setting(_yes, True, "map the weights instead of reading them")
     flash_attention: str = _setting(_one_of("auto", "on", "off"), "auto", "auto, on or off")
+    kv_cache_type: str = _setting(
+        _one_of("f16", "f32"), "f16", "numbers of the KV cache: f16, or f32 for twice the memory"
+    )
     gap_ms: int = _setting(_whole(1, 60_000), 200, "milliseconds between tokens that a new prompt may cause")
     drain_timeout: float = _setting(parse_duration_s, 30.0, "time that running answers get when the server stops")
     max_body: int = _setting(parse_size_bytes, 20 * 1024**2, "size of the largest request body")

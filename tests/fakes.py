@@ -142,6 +142,10 @@ class FakeEngines:
     script: Script = field(default_factory=Script)
     made: list[FakeEngine] = field(default_factory=list)
     options: list[LoadOptions] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+
+    def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
         if self.script.load_error is not None:

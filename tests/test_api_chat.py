@@ -210,6 +210,17 @@ def test_no_messages_and_keep_alive_0_unload_it(house: House, path: str) -> None
     assert house.manager.loaded() == []
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_was_computed_is_forgotten_on_request(house: House, loaded: bool) -> None:
+    if loaded:
+        house.chat("Hi")
+    digest = house.registry.get("toy").digest
+    ok(house.post("/api/generate", model="toy", keep_alive=0))
+    assert house.engines.forgotten == []
+    ok(house.post("/api/generate", model="toy", keep_alive=0, forget=True))
+    assert house.engines.forgotten == [digest]
+
+
 def test_a_streamed_load_is_one_line(house: House) -> None:
     response = house.post("/api/chat", model="toy", stream=True)
     assert response.content_type == "application/x-ndjson"

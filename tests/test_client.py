@@ -120,7 +120,7 @@ def test_models_have_size_and_details(fake: StandIn) -> None:
 
 def test_an_unload_is_a_chat_without_messages_that_keeps_nothing_alive(fake: StandIn) -> None:
     Client(fake.url).unload("demo")
-    assert fake.bodies("POST /api/chat") == [{"model": "demo", "messages": [], "keep_alive": 0}]
+    assert fake.bodies("POST /api/chat") == [{"model": "demo", "messages": [], "keep_alive": 0, "forget": False}]
 
 
 def test_lines_are_whole_however_they_were_cut(fake: StandIn) -> None:

@@ -67,6 +67,10 @@ class Factory:
 
     made: list[FakeEngine] = field(default_factory=list)
     before: Callable[[], None] = lambda: None
+    forgotten: list[str] = field(default_factory=list)
+
+    def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
         self.before()
@@ -124,6 +128,15 @@ def test_unload_waits_for_the_running_request() -> None:
     lease.release()
     lease.release()
     assert factory.made[0].closed
+
+
+def test_what_a_busy_model_computed_is_forgotten_when_it_leaves() -> None:
+    made = manager(factory := Factory())
+    lease = made.acquire(record("a"))
+    made.unload(record("a"), forget=True)
+    assert factory.forgotten == []
+    lease.release()
+    assert factory.forgotten == [record("a").digest]
 
 
 def test_the_least_recently_used_idle_model_makes_room() -> None:

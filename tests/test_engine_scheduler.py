@@ -111,11 +111,19 @@ def test_slow_steps_still_leave_half_the_time_to_prompts() -> None:
 
 
 def test_the_shortest_prompt_comes_first() -> None:
-    made = scheduler(prompt_ms_per_token=2.0, n_batch=64)
+    made = scheduler(prompt_ms_per_token=2.0, n_batch=128)
     long, short = sequence(1000), sequence(40)
     made.add(long)
     made.add(short)
-    assert {c.sequence: c.count for c in step(made).prompt} == {short: 40, long: 24}
+    assert {c.sequence: c.count for c in step(made).prompt} == {short: 40, long: 88}
+
+
+def test_a_small_piece_of_a_prompt_does_not_join_a_call_of_others() -> None:
+    made = scheduler(prompt_ms_per_token=2.0, n_batch=128)
+    long, short = sequence(1000), sequence(100)
+    made.add(long)
+    made.add(short)
+    assert {c.sequence: c.count for c in step(made).prompt} == {short: 100}
 
 
 def test_a_long_prompt_that_has_waited_is_not_starved() -> None:
@@ -145,7 +153,7 @@ def test_the_highest_slot_moves_into_a_hole() -> None:
 
 
 def test_a_short_prompt_that_is_done_first_changes_places() -> None:
-    made = scheduler(n_slots=2, n_batch=64, prompt_ms_per_token=2.0)
+    made = scheduler(n_slots=2, n_batch=128, prompt_ms_per_token=2.0)
     long, short = sequence(1000), sequence(40)
     made.add(long)
     made.add(short)

@@ -100,7 +100,7 @@ class Answers:
     def load(self, job: Job, environ: WSGIEnvironment) -> Loaded:
         """Loads the model, or unloads it where `keep_alive` is 0."""
         if job.keep_alive_s == 0:
-            self._manager.unload(self._catalog.get(job.model))
+            self._manager.unload(self._catalog.get(job.model), forget=job.forget)
             return Loaded("unload")
         with watch_client(environ):
             lease, _ = self._acquire(job, call_of(environ))

@@ -18,6 +18,7 @@ class Job:
     raw_prompt: str | None = None
     template: str | None = None  # Jinja, in the place of the model's own
     keep_alive_s: float | None = None  # None: the server's setting
+    forget: bool = False  # an unload: the computed prompts too
     truncate: bool = True  # whether old turns may be left out
     warnings: tuple[str, ...] = ()
 

@@ -36,6 +36,7 @@ class Common(Struct, frozen=True):
 
     options: dict[str, object] = {}
     stream: bool = False
+    forget: bool = False
 
 
 class ChatBody(Common, frozen=True):
@@ -154,7 +155,7 @@ def _now() -> datetime:
 def _job(raw: Fields, asked: Common) -> Job:
     """What both endpoints have in common."""
     options, warnings = read_options(asked.options)
-    return Job(model_name(raw), options, keep_alive_s=keep_alive_s(raw), warnings=warnings)
+    return Job(model_name(raw), options, keep_alive_s=keep_alive_s(raw), forget=asked.forget, warnings=warnings)
 
 
 def _turns(asked: GenerateBody) -> tuple[Turn, ...]:

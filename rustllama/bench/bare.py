@@ -41,6 +41,7 @@ class BareLoop:
             n_batch=settings.num_batch,
             n_threads=settings.num_thread or physical_cores(),
             flash_attention=settings.flash_attention,
+            kv_cache_type=settings.kv_cache_type,
         )
         greedy = chain(SamplingParams(temperature=0), vocabulary_size=self._model.n_vocab, context_length=tokens)
         self._sampler = Sampler(greedy)  # it keeps no state: one serves all

@@ -93,7 +93,8 @@ def ps() -> None:
 
 @click.command(epilog="\b\nExample:\n  rustllama stop llama3.2")
 @click.argument("name")
-def stop(name: str) -> None:
+@click.option("--forget", is_flag=True, help="Its computed prompts too, which stay in memory otherwise.")
+def stop(name: str, forget: bool) -> None:
     """Unload a model from memory; running answers end first."""
-    _client().unload(name)
+    _client().unload(name, forget=forget)
     click.echo(f"Stopped {name}.")

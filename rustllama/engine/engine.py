@@ -10,6 +10,8 @@ from rustllama.engine import memory
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import Model, gpu_layers
+from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, Tokens, as_tokens
+from rustllama.engine.recall import Recall
 from rustllama.errors import OutOfMemory, RustllamaError
 from rustllama.settings import Settings
 
@@ -22,10 +24,14 @@ class LlamaEngines:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._native = bridge.NativeThreads(1)
+        self._store = PrefixStore(memory.prompt_cache_bytes(settings))
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> LlamaEngine:
         """Loads the model. Raises BadModelFile or OutOfMemory."""
-        return LlamaEngine(record, options, plan, self._settings, self._native)
+        return LlamaEngine(record, options, plan, self._settings, self._native, self._store)
+
+    def forget(self, digest: str) -> None:
+        self._store.forget(digest)
 
 
 class LlamaEngine:
@@ -38,8 +44,11 @@ class LlamaEngine:
         plan: MemoryPlan,
         settings: Settings,
         native: bridge.NativeThreads,
+        store: PrefixStore,
     ) -> None:
         self._info = record.info
+        self._digest = record.digest
+        self._store = store
         self._plan = plan
         self._settings = settings
         self._native = native
@@ -57,7 +66,7 @@ class LlamaEngine:
                 self._model.close()
 
     def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
-        return bridge.offload(self._tokenize, spans, add_special)
+        return bridge.offload(self._tokenize, spans, add_special, self._known())
 
     def reserve(self, num_ctx: int, available_bytes: int) -> None:
         self._close_idle_lanes()
@@ -103,11 +112,19 @@ class LlamaEngine:
         """See `Lane.check_integrity`."""
         for lane in self._lanes:
             lane.check_integrity()
+        self._store.check_integrity()
 
     def _open(self, n_ctx: int, n_slots: int) -> Lane:
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads)
-        context = bridge.offload(Lane.open, self._model, shape, self._settings.flash_attention)
-        return Lane(self._model, context, shape, self._settings, self._native)
+        context = bridge.offload(Lane.open, self._model, shape, self._settings)
+        return Lane(self._model, context, shape, self._settings, self._native, self._shelf(shape))
+
+    def _shelf(self, lane: LaneShape) -> Shelf | None:
+        if not self._store.limit_bytes:
+            return None
+        flash, numbers = self._settings.flash_attention, self._settings.kv_cache_type
+        shape = Shape(self._digest, lane.n_ctx, lane.n_slots, flash, numbers)
+        return Shelf(self._store, shape, Cuts.of(self._info), memory.token_bytes(self._info, self._settings))
 
     def _lane_for(self, num_ctx: int) -> Lane | None:
         fitting = [lane for lane in self._lanes if lane.shape.n_ctx >= num_ctx]
@@ -120,14 +137,28 @@ class LlamaEngine:
                 self._lanes.remove(lane)
                 lane.close()
 
-    def _tokenize(self, spans: tuple[Span, ...], add_special: bool) -> tuple[int, ...]:
-        tokens: list[int] = []
+    def _known(self) -> list[Tokens]:
+        if not self._settings.reuse_text:
+            return []
+        ended = [as_tokens(sequence.tokens) for lane in self._lanes for sequence in lane.ended]
+        return ended + [saved.tokens for saved in self._store if saved.shape.digest == self._digest]
+
+    def _tokenize(self, spans: tuple[Span, ...], add_special: bool, known: list[Tokens]) -> tuple[int, ...]:
+        """What the model wrote stays as it wrote it: see `recall`."""
+        recall, prompt = Recall(known, self._model.answer_piece), list[int]()
         for span in spans:
-            tokens += self._model.tokenize(span.text, parse_special=span.trusted)
-        bos = self._model.leading_bos if add_special else None
-        if bos is not None and tokens[:1] != [bos]:
-            tokens.insert(0, bos)
-        return tuple(tokens)
+            tokens = self._model.tokenize(span.text, parse_special=span.trusted)
+            if not prompt and add_special:
+                tokens = self._with_bos(tokens)
+            if not span.trusted:
+                tokens = recall.tokens(span.text.encode("utf-8", "replace"), tokens)
+            recall.follow(tokens)
+            prompt += tokens
+        return tuple(prompt)
+
+    def _with_bos(self, tokens: list[int]) -> list[int]:
+        bos = self._model.leading_bos
+        return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
 
 
 def _power_of_two(number: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rustllama import bridge
 from rustllama.core import Delta, GenerateRequest
 from rustllama.engine.native import Context, Model
+from rustllama.engine.prefix_store import Shelf
 from rustllama.engine.runner import Deltas, Runner
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
@@ -33,7 +34,13 @@ class Lane:
     """All methods are called in the hub, but `open`, which runs in a worker thread."""
 
     def __init__(
-        self, model: Model, context: Context, shape: LaneShape, settings: Settings, native: bridge.NativeThreads
+        self,
+        model: Model,
+        context: Context,
+        shape: LaneShape,
+        settings: Settings,
+        native: bridge.NativeThreads,
+        shelf: Shelf | None,
     ):
         self.shape = shape
         self.idle_since_s = time.monotonic()
@@ -41,14 +48,14 @@ class Lane:
         self._context = context
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
         self._runner = Runner(model, context, self._relay.post, lambda: not native.contended)
-        self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms)
+        self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
         self._work = bridge.Event()
         self._stopped = bridge.Event()
         self._closing = False
         bridge.spawn(self._loop)
 
     @staticmethod
-    def open(model: Model, shape: LaneShape, flash_attention: str) -> Context:
+    def open(model: Model, shape: LaneShape, settings: Settings) -> Context:
         """Raises OutOfMemory."""
         return Context(
             model,
@@ -56,7 +63,8 @@ class Lane:
             n_slots=shape.n_slots,
             n_batch=shape.n_batch,
             n_threads=shape.n_threads,
-            flash_attention=flash_attention,
+            flash_attention=settings.flash_attention,
+            kv_cache_type=settings.kv_cache_type,
         )
 
     @property
@@ -68,9 +76,9 @@ class Lane:
         return len(self._scheduler.queue)
 
     @property
-    def clearing(self) -> bool:
-        """Whether slots of ended sequences are still to be cleared."""
-        return self._scheduler.must_clear
+    def ended(self) -> list[Sequence]:
+        """Sequences that are over, and whose state is still to be saved and cleared."""
+        return self._scheduler.ended
 
     def submit(self, request: GenerateRequest) -> LaneStream:
         """Raises Busy."""
@@ -110,11 +118,13 @@ class Lane:
         self._work.set()
 
     def _loop(self) -> None:
-        while not self._closing:
+        while True:
             self._work.clear()
             self._runner.interrupted = False
             batch = self._scheduler.plan(time.perf_counter_ns())
             if batch is None:
+                if self._closing:
+                    break
                 self.idle_since_s = time.monotonic()
                 self._work.wait()
                 continue
@@ -128,8 +138,7 @@ class Lane:
         """The step was lost, and with it the state of all who took part; those in the queue go on."""
         _log.error("a step failed", exc_info=error)
         reason = error if isinstance(error, RustllamaError) else InternalError("the engine failed in a step.")
-        for sequence in self._scheduler.running:
-            self._scheduler.cancel(sequence, reason)
+        self._scheduler.lose_all(reason)
         self._native.call(self._runner.reset)
 
 

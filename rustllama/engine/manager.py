@@ -6,10 +6,10 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from types import TracebackType
+from typing import Protocol
 
 from rustllama import bridge
 from rustllama.core import Engine, EngineState, FileIdentity, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
@@ -18,9 +18,18 @@ from rustllama.engine.machine import free_memory_bytes
 from rustllama.errors import Cancelled, Draining, InternalError, RustllamaError
 from rustllama.settings import Settings
 
-EngineFactory = Callable[[ModelRecord, LoadOptions, MemoryPlan], Engine]
 _DRAIN_POLL_S = 0.05
 _log = logging.getLogger("rustllama.manager")
+
+
+class EngineFactory(Protocol):
+    """Makes engines, and keeps what outlives them."""
+
+    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, /) -> Engine:
+        """Loads the model. Raises BadModelFile or OutOfMemory."""
+
+    def forget(self, digest: str) -> None:
+        """Drops the computed prompts of a model."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +43,7 @@ class _Entry:
     plan: MemoryPlan | None = None
     error: RustllamaError | None = None
     references: int = 0
+    forget: bool = False  # its computed prompts, when it leaves
     keep_alive_s: float = 0.0
     used_at_s: float = 0.0
     expires_at: datetime | None = None
@@ -92,7 +102,8 @@ class EngineManager:
         self._entries: dict[tuple[str, FileIdentity], _Entry] = {}
         self._loading = bridge.RLock()  # one load at a time, so that memory is counted once
         self._released = bridge.Event()
-        self._limit_bytes = settings.memory_limit or free_memory_bytes()
+        limit = settings.memory_limit or free_memory_bytes()
+        self._limit_bytes = limit - min(limit, memory.prompt_cache_bytes(settings))
 
     def acquire(
         self,
@@ -126,12 +137,17 @@ class EngineManager:
             if lease is None:
                 self._release(entry)
 
-    def unload(self, record: ModelRecord) -> None:
-        """At once when the model is idle, else when its last request ends. Does nothing when it is not loaded."""
+    def unload(self, record: ModelRecord, *, forget: bool = False) -> None:
+        """At once when the model is idle or not loaded, else when its last request ends.
+
+        `forget`: its computed prompts leave with it.
+        """
         entry = self._entries.get((record.path, record.identity))
         if entry is not None:
-            entry.keep_alive_s = 0.0
+            entry.keep_alive_s, entry.forget = 0.0, forget
             self._retire_when_idle(entry)
+        elif forget:
+            self._factory.forget(record.digest)
 
     def loaded(self) -> list[LoadedModel]:
         return [
@@ -260,6 +276,8 @@ class EngineManager:
             entry.timer.close()
         self._forget(entry)
         bridge.shielded(engine.close)
+        if entry.forget:
+            self._factory.forget(entry.record.digest)
         self._released.set()
 
     def _forget(self, entry: _Entry) -> None:

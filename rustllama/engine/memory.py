@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rustllama.core import MemoryPlan, ModelInfo
+from rustllama.engine.machine import free_memory_bytes
 from rustllama.errors import OutOfMemory
 from rustllama.settings import Settings
 
 SMALLEST_CTX = 2048  # tokens; a smaller context is not worth a load
 MOST_SLOTS = 16
-_KV_ELEMENT_BYTES = 2  # F16
+_KV_BYTES = {"f16": 2, "f32": 4}  # of a number
 _CELLS = 256  # llama.cpp pads a stream's cells to this
 _COMFORT_BYTES = 1024**3  # of KV cache: clearing more makes the first answer late
 _GIB = 1024**3
@@ -54,6 +55,18 @@ def large_lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
     return _lane_bytes(info, settings, n_ctx, 1)
 
 
+def prompt_cache_bytes(settings: Settings) -> int:
+    """Host memory for computed prompts."""
+    if settings.prompt_cache_memory is not None:
+        return settings.prompt_cache_memory
+    return min(_GIB, (settings.memory_limit or free_memory_bytes()) // 10)
+
+
+def token_bytes(info: ModelInfo, settings: Settings) -> int:
+    """Of the KV cache, for each token of a sequence."""
+    return sum(info.head_count_kv) * (info.key_length + info.value_length) * _KV_BYTES[settings.kv_cache_type]
+
+
 def padded(n_ctx: int) -> int:
     return max(1, -(-n_ctx // _CELLS)) * _CELLS
 
@@ -68,7 +81,7 @@ def _usual_ctx(info: ModelInfo, settings: Settings) -> int:
 
 def _with_slots(one: MemoryPlan, info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:
     spare = available_bytes - one.size_bytes
-    each = _slot_bytes(info, one.n_ctx)
+    each = _slot_bytes(info, settings, one.n_ctx)
     if settings.slots is None:
         most = min(MOST_SLOTS, 1 + min(spare // 2, max(0, _COMFORT_BYTES - each)) // max(1, each))
     else:
@@ -88,13 +101,12 @@ def _needed_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
 
 
 def _lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int, n_slots: int) -> int:
-    return n_slots * _slot_bytes(info, n_ctx) + _buffer_bytes(info, settings.num_batch, n_slots)
+    return n_slots * _slot_bytes(info, settings, n_ctx) + _buffer_bytes(info, settings.num_batch, n_slots)
 
 
-def _slot_bytes(info: ModelInfo, n_ctx: int) -> int:
+def _slot_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
     """KV cache and recurrent state of a sequence; sliding-window layers are counted as full ones."""
-    per_token = sum(info.head_count_kv) * (info.key_length + info.value_length) * _KV_ELEMENT_BYTES
-    return n_ctx * per_token + info.recurrent_state_bytes
+    return n_ctx * token_bytes(info, settings) + info.recurrent_state_bytes
 
 
 def _buffer_bytes(info: ModelInfo, n_batch: int, n_slots: int) -> int:

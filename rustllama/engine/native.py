@@ -24,6 +24,7 @@ FLASH_ATTENTION = {
     "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+KV_CACHE = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
 _GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 _GPU_WEIGHTS_PERCENT = 80  # of a GPU's free memory; the rest is for the KV cache and buffers
 _WARNING_LEVEL = 3  # enum ggml_log_level: 3 is WARN, 4 is ERROR
@@ -144,7 +145,15 @@ class Context:
     """`n_slots` sequences of `n_ctx` tokens each, every one with a KV stream of its own (llama.cpp: kv_unified off)."""
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_slots: int, n_batch: int, n_threads: int, flash_attention: str = "auto"
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_slots: int,
+        n_batch: int,
+        n_threads: int,
+        flash_attention: str = "auto",
+        kv_cache_type: str = "f16",
     ) -> None:
         """Allocates and clears the KV cache. Raises OutOfMemory."""
         self._abort = ctypes.create_string_buffer(2)
@@ -155,6 +164,7 @@ class Context:
         params.n_outputs_max = n_slots  # or llama.cpp reserves n_batch × n_vocab floats
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = FLASH_ATTENTION[flash_attention]
+        params.type_k = params.type_v = KV_CACHE[kv_cache_type]
         params.kv_unified = False
         params.no_perf = True
         _last_words.clear()
@@ -202,15 +212,30 @@ class Context:
 
     def move(self, source: int, target: int) -> None:
         """The state of `source` goes to the empty slot `target`."""
-        self._restore(target, self._save(source))
+        self._load(target, self.save(source))
         self.clear(source)
 
     def swap(self, one: int, other: int) -> None:
-        first, second = self._save(one), self._save(other)
+        first, second = self.save(one), self.save(other)
         self.clear(one)
         self.clear(other)
-        self._restore(one, second)
-        self._restore(other, first)
+        self._load(one, second)
+        self._load(other, first)
+
+    def save(self, slot: int) -> memoryview:
+        """The slot's state (llama_state_seq_get_data); only a context of the same shape can read it."""
+        size = llama_cpp.llama_state_seq_get_size(self._context, slot)
+        data = np.empty(size, np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(self._context, _pointer(data, ctypes.c_uint8), size, slot)
+        return data.data[:written]
+
+    def restore(self, slot: int, state: memoryview, count: int) -> bool:
+        """Gives the empty slot the first `count` tokens of a saved state; False when it has others then."""
+        if not self._read(slot, state):
+            return False
+        if self.bounds(slot)[1] >= count:
+            llama_cpp.llama_memory_seq_rm(self._memory, slot, count, -1)
+        return self.bounds(slot)[1] == count - 1
 
     def bounds(self, slot: int) -> tuple[int, int]:
         """First and last position that the slot holds; (-1, -1) when it is empty."""
@@ -219,15 +244,13 @@ class Context:
             llama_cpp.llama_memory_seq_pos_max(self._memory, slot),
         )
 
-    def _save(self, slot: int) -> Any:
-        size = llama_cpp.llama_state_seq_get_size(self._context, slot)
-        data = (ctypes.c_uint8 * size)()
-        llama_cpp.llama_state_seq_get_data(self._context, data, size, slot)
-        return data
-
-    def _restore(self, slot: int, data: Any) -> None:
-        if not llama_cpp.llama_state_seq_set_data(self._context, data, len(data), slot):
+    def _load(self, slot: int, state: memoryview) -> None:
+        if not self._read(slot, state):
             raise InternalError(f"llama.cpp refused a sequence's state: {_words()}.")
+
+    def _read(self, slot: int, state: memoryview) -> bool:
+        data = np.frombuffer(state, np.uint8)
+        return bool(llama_cpp.llama_state_seq_set_data(self._context, _pointer(data, ctypes.c_uint8), len(data), slot))
 
     def close(self) -> None:
         if self._context:

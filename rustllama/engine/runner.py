@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from rustllama.core import Delta
 from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
-from rustllama.engine.scheduler import Batch, Chunk, Clear, Move, Outcome, Swap
+from rustllama.engine.scheduler import Batch, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.errors import InternalError
 
+_log = logging.getLogger("rustllama.engine")
 Deltas = list[tuple[Sequence, Delta]]
 
 
@@ -36,18 +38,18 @@ class Runner:
 
     def run(self, batch: Batch) -> Outcome:
         """One step, and further decode steps while nothing else is to be done."""
-        self._arrange(batch)
+        kept = tuple(self._arrange(batch))
         started_ns = time.perf_counter_ns()
         while batch.decode:
             ended = self._decode(batch.decode)
             decoded_ns = time.perf_counter_ns()
-            if batch.prompt or ended or self.interrupted or not self._go_on():
+            if batch.prompt or batch.awaited or ended or self.interrupted or not self._go_on():
                 break
             started_ns = decoded_ns
         else:
             decoded_ns = started_ns
         tokens = self._prompt(batch.prompt) if batch.prompt else 0
-        return Outcome(decoded_ns - started_ns, time.perf_counter_ns() - decoded_ns, tokens)
+        return Outcome(decoded_ns - started_ns, time.perf_counter_ns() - decoded_ns, tokens, kept)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends the prompt call that carries this sequence alone, if it runs; called in the hub."""
@@ -72,10 +74,14 @@ class Runner:
         while self._samplers:
             self._samplers.popitem()[1].close()
 
-    def _arrange(self, batch: Batch) -> None:
+    def _arrange(self, batch: Batch) -> Iterator[Kept]:
+        """Yields the states that are to be kept."""
+        copied: tuple[Sequence, memoryview] | None = None
         for change in batch.arrange:
             match change:
-                case Clear(slot, sequence):
+                case Clear(slot, sequence, keep):
+                    if keep:
+                        yield Kept(tuple(sequence.tokens), sequence.computed, self._context.save(slot))
                     self._context.clear(slot)
                     if sequence in self._samplers:
                         self._samplers.pop(sequence).close()
@@ -83,6 +89,21 @@ class Runner:
                     self._context.move(source, target)
                 case Swap(one, other):
                     self._context.swap(one, other)
+                case Copy(source, target, leader, sequence, count, keep):
+                    if copied is None or copied[0] is not leader:
+                        copied = leader, self._context.save(source)
+                        if keep:
+                            yield Kept(tuple(leader.tokens[:count]), count, copied[1])
+                    self._restore(target, sequence, copied[1], count)
+                case Restore(target, sequence, found):
+                    self._restore(target, sequence, found.saved.state, found.count)
+
+    def _restore(self, slot: int, sequence: Sequence, state: memoryview, count: int) -> None:
+        """Where llama.cpp does not end up with exactly those tokens, they are computed after all."""
+        if not self._context.restore(slot, state, count):
+            _log.warning("a saved state of %d tokens could not be used", count)
+            self._context.clear(slot)
+            sequence.computed = sequence.cached = 0
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> bool:
         """A token for each sequence; whether any has ended."""
@@ -138,6 +159,7 @@ class Runner:
             self._context.decode(tokens, positions, slots, outputs)
             return True
         except Aborted:
+            chunks[0].sequence.computed = 0  # what is left of it is cleared
             return False
         finally:
             with self._lock:

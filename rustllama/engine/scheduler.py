@@ -1,4 +1,5 @@
-"""Decides each step: which sequences hold which slots, which of them decode, and which prompt tokens are computed.
+"""Decides each step: which sequences hold which slots, what they take over from others, which of them decode, and which
+prompt tokens are computed.
 
 Pure Python in the hub: no llama.cpp, no threads, no clock. `plan()` is the policy, the runner carries it out.
 Continuous batching after Orca (Yu et al., 2022), stall-free prefill after Sarathi-Serve (Agrawal et al., 2024).
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from rustllama.engine.prefix_store import WORTH_REUSING, Cuts, Match, Shelf, common_prefix
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.errors import Busy, Cancelled, RustllamaError
 
@@ -22,10 +24,11 @@ _LEARNING_RATE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """The slot's sequence has ended."""
+    """The slot's sequence has ended; `keep` its state for later prompts."""
 
     slot: int
     sequence: Sequence
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,33 @@ class Move:
 class Swap:
     one: int
     other: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `count` tokens of `leader` are also those of `sequence`, whose slot is empty.
+
+    `keep` the leader's state too, as it cannot be cut there later.
+    """
+
+    source: int
+    target: int
+    leader: Sequence
+    sequence: Sequence
+    count: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """The first tokens of a prompt were saved; the slot is empty."""
+
+    target: int
+    sequence: Sequence
+    match: Match
+
+
+Arrangement = Clear | Move | Swap | Copy | Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +88,29 @@ class Batch:
     `decode[i]` is in slot i, so that its rows are adjacent; `prompt` is in the order of slots.
     """
 
-    arrange: tuple[Clear | Move | Swap, ...]
+    arrange: tuple[Arrangement, ...]
     decode: tuple[Sequence, ...]
     prompt: tuple[Chunk, ...]
+    awaited: bool = False  # a prompt waits for what this step computes or saves
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A state that was saved: of the first `held` of these tokens."""
+
+    tokens: tuple[int, ...]
+    held: int
+    state: memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the last step of a batch took."""
+    """What the last step of a batch took, and what was saved in it."""
 
     decode_ns: int = 0
     prompt_ns: int = 0
     prompt_tokens: int = 0
+    kept: tuple[Kept, ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,10 +121,14 @@ class Scheduler:
     n_batch: int
     max_queue: int
     gap_ms: float
+    shelf: Shelf | None = None  # None: nothing is reused
     queue: deque[Sequence] = field(default_factory=deque)
     slots: list[Sequence | None] = field(default_factory=list)
     decode_ms: float = 0.0
     prompt_ms_per_token: float = 0.0
+    leaving: list[Sequence] = field(default_factory=list)  # whose state the current batch saves
+    _admitted: int = 0
+    _followers: dict[Sequence, _Wait] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.n_slots
@@ -103,6 +148,14 @@ class Scheduler:
         sequence.cancelled = True
         sequence.outlet.put(reason or Cancelled())
 
+    def lose_all(self, reason: RustllamaError) -> None:
+        """Ends who has a slot, as llama.cpp's memory was emptied; the queue goes on."""
+        self.leaving = []
+        for sequence in self.slots:
+            if sequence is not None:
+                sequence.computed = 0
+                self.cancel(sequence, reason)
+
     def end_all(self, reason: RustllamaError) -> None:
         for sequence in [*self.queue, *self.running]:
             self.cancel(sequence, reason)
@@ -120,19 +173,29 @@ class Scheduler:
         return any(sequence is not None and sequence.over for sequence in self.slots)
 
     @property
+    def ended(self) -> list[Sequence]:
+        """Sequences that are over and not yet on the shelf."""
+        return [*self.leaving, *(sequence for sequence in self.slots if sequence is not None and sequence.over)]
+
+    @property
     def _free(self) -> int:
         return self.n_slots - len(self.running)
 
     def plan(self, now_ns: int) -> Batch | None:
         """The next step, or None when there is nothing to do."""
-        arrange = (*self._clear(), *self._close_ranks())
+        arrange: tuple[Arrangement, ...] = (*self._clear(), *self._close_ranks())
         self._admit(now_ns)
+        arrange += tuple(self._share())
         decode = tuple(s for s in self.slots if s is not None and s.phase is Phase.DECODE)
         prompt = tuple(self._chunks(self._prompt_budget(bool(decode)), now_ns))
-        return Batch(arrange, decode, prompt) if arrange or decode or prompt else None
+        return Batch(arrange, decode, prompt, bool(self._followers)) if arrange or decode or prompt else None
 
     def apply(self, outcome: Outcome) -> None:
-        """Learns what a step costs."""
+        """Learns what a step costs, and stores what it saved."""
+        self.leaving = []
+        if self.shelf is not None:
+            for kept in outcome.kept:
+                self.shelf.put(kept.tokens, kept.held, kept.state)
         if outcome.decode_ns:
             self.decode_ms = _learn(self.decode_ms, outcome.decode_ns / _NS_PER_MS)
         if outcome.prompt_tokens:
@@ -143,7 +206,10 @@ class Scheduler:
         for slot, sequence in enumerate(self.slots):
             if sequence is not None and sequence.over:
                 self.slots[slot] = None
-                yield Clear(slot, sequence)
+                keep = self.shelf is not None and self.shelf.wants(sequence.computed)
+                if keep:
+                    self.leaving.append(sequence)
+                yield Clear(slot, sequence, keep)
 
     def _close_ranks(self) -> Iterator[Move | Swap]:
         """Decoding sequences get the lowest slots, the others follow: llama.cpp batches only neighbours."""
@@ -168,6 +234,44 @@ class Scheduler:
             if holder is None and self.queue:
                 self.slots[slot] = sequence = self.queue.popleft()
                 sequence.phase, sequence.admitted_ns = Phase.PREFILL, now_ns
+                sequence.order = self._admitted = self._admitted + 1
+
+    def _share(self) -> Iterator[Copy | Restore]:
+        """A prompt that nothing was computed of takes over the longest prefix there is, and waits for one that another
+        is just computing. Who waits is in `_followers`.
+        """
+        before, self._followers = self._followers, {}
+        if self.shelf is None:
+            return
+        for slot, sequence in enumerate(self.slots):
+            if sequence is None or sequence.phase is not Phase.PREFILL or sequence.computed or sequence.over:
+                continue
+            if sequence in before and before[sequence].goes_on:
+                self._followers[sequence] = before[sequence]
+                continue
+            match = self.shelf.find(sequence.prompt[:-1])
+            wait = self._best_leader(sequence, self.shelf.cuts, WORTH_REUSING if match is None else match.count + 1)
+            if wait is not None and (wait.leader in self.leaving or wait.leader.computed < wait.count):
+                self._followers[sequence] = wait
+            elif wait is not None:
+                sequence.computed = sequence.cached = wait.count
+                keep = self.shelf.cuts != Cuts() and wait.leader.computed == wait.count
+                yield Copy(self.slots.index(wait.leader), slot, wait.leader, sequence, wait.count, keep)
+            elif match is not None:
+                sequence.computed = sequence.cached = match.count
+                yield Restore(slot, sequence, match)
+
+    def _best_leader(self, sequence: Sequence, cuts: Cuts, at_least: int) -> _Wait | None:
+        """Who holds, or will hold, the longest prefix. Nobody waits for one that came later and has not begun."""
+        best = None
+        for leader in [*self.running, *self.leaving]:
+            if leader is sequence or (not leader.computed and leader.order > sequence.order):
+                continue
+            shared = common_prefix(sequence.prompt[:-1], leader.transcript)
+            count = cuts.usable(max(leader.computed, shared), shared)
+            if count >= at_least:
+                best, at_least = _Wait(leader, count), count + 1
+        return best
 
     def _prompt_budget(self, decoding: bool) -> int:
         """Tokens: what keeps the gap between two tokens of the running streams near the target."""
@@ -178,19 +282,41 @@ class Scheduler:
         return max(_SMALLEST_CHUNK, min(tokens // _SMALLEST_CHUNK * _SMALLEST_CHUNK, self.n_batch))
 
     def _chunks(self, budget: int, now_ns: int) -> list[Chunk]:
+        """The most urgent prompts first. A small piece of another one is left for later: what is longer or shorter than
+        the rest of a call, llama.cpp computes in a call of its own.
+        """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
-        chunks = []
+        waiting = [(slot, s) for slot, s in waiting if s not in self._followers]
+        chunks, left = list[Chunk](), budget
         for slot, sequence in sorted(waiting, key=lambda item: self._urgency_ms(item[1], now_ns)):
-            count = min(sequence.prompt_remaining, budget)
-            if count > 0:
-                chunks.append(Chunk(sequence, slot, count))
-                budget -= count
+            reach = self._reach(sequence)
+            count = min(reach, left)
+            if count == reach or not chunks or count >= budget // 2:
+                chunks += [Chunk(sequence, slot, count)] if count else []
+                left -= count
         return sorted(chunks, key=lambda chunk: chunk.slot)
+
+    def _reach(self, sequence: Sequence) -> int:
+        """Tokens to the end of the prompt, or to where others wait to take it over."""
+        borders = [wait.count for wait in self._followers.values() if wait.leader is sequence]
+        return min([*borders, len(sequence.prompt)]) - sequence.computed
 
     def _urgency_ms(self, sequence: Sequence, now_ns: int) -> float:
         """Shortest remaining prompt first, but who waits longer than a prompt takes comes before it."""
         waited_ms = (now_ns - sequence.admitted_ns) / _NS_PER_MS
         return sequence.prompt_remaining * self.prompt_ms_per_token - waited_ms
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """Until `leader` has computed `count` tokens."""
+
+    leader: Sequence
+    count: int
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.leader.over and self.leader.computed < self.count
 
 
 def _learn(known: float, seen: float) -> float:

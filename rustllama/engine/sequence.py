@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rustllama.core import Delta, FinishReason, GenerateRequest, Usage
 from rustllama.engine.detokenizer import Detokenizer
+from rustllama.engine.prefix_store import Tokens, as_tokens
 
 
 class Phase(enum.Enum):
@@ -34,18 +35,27 @@ class Sequence:
     cancelled: bool = False  # set by the hub at any time; the native thread never resets it
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     computed: int = 0  # how many of the tokens llama.cpp's memory holds
+    cached: int = 0  # how many of them came from what was computed before
+    order: int = 0  # of admission
     admitted_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
+    prompt: Tokens = field(default_factory=lambda: as_tokens(()))
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.prompt = as_tokens(self.request.prompt)
         self.detokenizer = Detokenizer(self.request.stop)
 
     @property
     def over(self) -> bool:
         return self.cancelled or self.phase is Phase.ENDED
+
+    @property
+    def transcript(self) -> Tokens:
+        """The prompt, and the answer too once the sequence is over."""
+        return as_tokens(self.tokens) if self.over else self.prompt
 
     @property
     def prompt_remaining(self) -> int:
@@ -80,6 +90,7 @@ class Sequence:
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached,
             completion_tokens=self.answered,
             queue_ns=self.admitted_ns - self.arrived_ns,
             prompt_ns=self.first_token_ns - self.admitted_ns,

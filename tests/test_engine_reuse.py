@@ -1,0 +1,272 @@
+"""What was computed once is not computed again, and nobody can tell from the text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+
+from rustllama import gguf
+from rustllama.core import Delta, GenerateRequest, LoadOptions, MemoryPlan, SamplingParams, Span, Usage
+from rustllama.engine.engine import LlamaEngine, LlamaEngines
+from rustllama.engine.prefix_store import Cuts, PrefixStore, Saved, Shape, as_tokens, common_prefix
+from rustllama.engine.recall import Recall
+from rustllama.settings import Settings
+from tests.conftest import SHAPES
+from tests.test_engine_lane import N_CTX, SLOTS, _checked, open_engine, record, until_idle
+
+GREEDY = SamplingParams(temperature=0)
+SHAPE = Shape("digest", N_CTX, SLOTS, "off", "f32")
+
+
+@pytest.fixture(params=SHAPES)
+def toy(request: pytest.FixtureRequest, toys: dict[str, Path]) -> Path:
+    return toys[request.param]
+
+
+@pytest.fixture
+def llama(toys: dict[str, Path]) -> Iterator[LlamaEngine]:
+    yield from _checked(open_engine(toys["llama"]))
+
+
+def said(seed: int, length: int) -> tuple[int, ...]:
+    """Tokens by chance, the same for the same seed."""
+    return tuple(random.Random(seed).choices(range(3, 500), k=length))
+
+
+def request(prompt: tuple[int, ...], max_tokens: int = 12) -> GenerateRequest:
+    return GenerateRequest("r", prompt, num_ctx=N_CTX, max_tokens=max_tokens, sampling=GREEDY)
+
+
+def finish(engine: LlamaEngine, asked: GenerateRequest) -> tuple[str, Usage]:
+    deltas = list[Delta](engine.submit(asked))
+    assert deltas[-1].usage is not None
+    return "".join(delta.text for delta in deltas), deltas[-1].usage
+
+
+def cached(engine: LlamaEngine, prompt: tuple[int, ...]) -> int:
+    used = finish(engine, request(prompt, 1))[1].cached_tokens
+    until_idle(engine)
+    return used
+
+
+def fresh_answers(toy: Path, prompts: list[tuple[int, ...]], max_tokens: int) -> list[str]:
+    """One by one, and nothing is reused."""
+    engine = open_engine(toy, prompt_cache_memory=0)
+    found = [finish(engine, request(prompt, max_tokens)) for prompt in prompts]
+    engine.close()
+    assert not any(usage.cached_tokens for _, usage in found)
+    return [text for text, _ in found]
+
+
+def test_a_prompt_takes_over_what_an_earlier_one_had_in_common(llama: LlamaEngine) -> None:
+    common = said(1, 50)
+    assert [cached(llama, common + said(seed, 10)) for seed in (2, 3)] == [0, 50]
+
+
+def test_the_last_token_of_a_prompt_is_always_computed(llama: LlamaEngine) -> None:
+    assert [cached(llama, said(1, 50)) for _ in range(2)] == [0, 49]
+
+
+def test_a_few_tokens_are_not_worth_a_copy(llama: LlamaEngine) -> None:
+    common = said(1, 10)
+    assert [cached(llama, common + said(seed, 50)) for seed in (2, 3)] == [0, 0]
+
+
+def test_prompts_that_come_together_compute_their_common_prefix_once(toy: Path) -> None:
+    prompts = [said(1, 100) + said(10 + i, 10) for i in range(SLOTS)]
+    alone = fresh_answers(toy, prompts, 12)
+    for engine in _checked(open_engine(toy)):
+        together = [gevent.spawn(finish, engine, request(prompt)) for prompt in prompts]
+        found = [greenlet.get() for greenlet in together]
+        assert [text for text, _ in found] == alone
+        assert sorted(usage.cached_tokens for _, usage in found) == [0] + [100] * (SLOTS - 1)
+
+
+def test_a_conversation_goes_on_from_its_last_state(toy: Path) -> None:
+    for engine in _checked(open_engine(toy)):
+        stream = engine.submit(request(said(1, 40)))
+        list(stream)
+        until_idle(engine)
+        tokens = tuple(stream._sequence.tokens)
+        turn = tokens + said(2, 10)
+        text, usage = finish(engine, request(turn))
+        assert usage.cached_tokens == len(tokens) - 1
+        assert [text] == fresh_answers(toy, [turn], 12)
+
+
+def test_a_border_that_came_back_is_kept_where_states_cannot_be_cut(toys: dict[str, Path]) -> None:
+    for engine in _checked(open_engine(toys["mamba"])):
+        common = said(1, 60)
+        both = [gevent.spawn(finish, engine, request(common + said(seed, 10))) for seed in (2, 3)]
+        gevent.joinall(both, raise_error=True)
+        until_idle(engine)
+        assert cached(engine, common + said(4, 10)) == 60
+
+
+def test_a_conversation_that_goes_on_at_once_waits_until_its_state_is_saved(toy: Path) -> None:
+    for engine in _checked(open_engine(toy)):
+        stream = engine.submit(request(said(1, 40)))
+        list(stream)
+        tokens = tuple(stream._sequence.tokens)
+        assert finish(engine, request(tokens + said(2, 5)))[1].cached_tokens == len(tokens) - 1
+
+
+def test_an_unload_forgets_nothing(toy: Path) -> None:
+    engines = LlamaEngines(Settings(flash_attention="off", kv_cache_type="f32"))
+    counts = []
+    for _ in range(2):
+        engine = engines(record(toy), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
+        counts.append(finish(engine, request((*said(1, 40), 5), 1))[1].cached_tokens)
+        engine.close()
+    assert counts[0] == 0
+    assert counts[1] == Cuts.of(gguf.read(toy)).usable(held=41, shared=40)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_conversations_at_random_answer_as_a_fresh_engine_does(toy: Path, seed: int) -> None:
+    """Shared beginnings, turns, cancels in any phase, little memory for states."""
+    rng = random.Random(seed)
+    systems = [said(i, rng.randint(20, 120)) for i in range(3)]
+    asked: list[tuple[int, ...]] = []
+    given: list[str] = []
+
+    def converse(engine: LlamaEngine, number: int) -> None:
+        tokens = rng.choice(systems) + said(100 + number, rng.randint(3, 30))
+        for turn in range(rng.randint(1, 4)):
+            stream = engine.submit(request(tokens, 10))
+            if rng.random() < 0.2:
+                gevent.sleep(rng.random() * 0.02)
+                stream.cancel()
+                return
+            text = "".join(delta.text for delta in stream)
+            asked.append(tokens)
+            given.append(text)
+            tokens = tuple(stream._sequence.tokens) + said(1000 * number + turn, rng.randint(2, 20))
+            gevent.sleep(rng.random() * 0.01)
+
+    for engine in _checked(open_engine(toy, prompt_cache_memory=3_000_000)):
+        talks = [gevent.spawn_later(rng.random() * 0.3, converse, engine, number) for number in range(40)]
+        gevent.joinall(talks, raise_error=True)
+    assert len(asked) > 40
+    assert given == fresh_answers(toy, asked, 10)
+
+
+def spelled(engine: LlamaEngine, text: str, *, trusted: bool = False) -> tuple[int, ...]:
+    return engine.tokenize((Span(text, trusted=trusted),), add_special=False)
+
+
+def test_what_a_model_wrote_is_taken_as_the_tokens_it_wrote(llama: LlamaEngine) -> None:
+    text = "let us see " * 4
+    letters = tuple(token for letter in text for token in spelled(llama, letter))
+    assert len(letters) > len(spelled(llama, text)), "the toy spells it in one way only"
+    question = spelled(llama, "<|im_start|>", trusted=True)
+    finish(llama, request(question + letters, 1))
+    until_idle(llama)
+    again = llama.tokenize((Span("<|im_start|>", True), Span(text, False), Span("<|im_end|>", True)), add_special=False)
+    assert again[:-1] == question + letters
+    assert cached(llama, again) == len(again) - 1
+    assert spelled(llama, text) != letters, "only where the conversation is the same"
+
+
+def test_a_setting_turns_reuse_by_text_off(toys: dict[str, Path]) -> None:
+    for engine in _checked(open_engine(toys["llama"], reuse_text=False)):
+        letters = tuple(token for letter in "let us see it again" for token in spelled(engine, letter))
+        finish(engine, request(letters, 1))
+        until_idle(engine)
+        assert spelled(engine, "let us see it again") != letters
+
+
+PIECES = {1: b"a", 2: b"b", 3: b"ab", 4: b"", 5: None}
+
+
+@pytest.mark.parametrize(
+    ("known", "text", "found"),
+    [
+        ([9, 1, 2, 3], b"ab", [1, 2]),
+        ([9, 1, 2], b"abab", [3, 3]),
+        ([9, 1, 3], b"aab", [1, 3]),
+        ([9, 3, 3], b"aba", [3, 1]),
+        ([9, 1, 4, 2], b"ab", [3]),
+        ([9, 1, 5, 2], b"ab", [3]),
+        ([8, 1, 2], b"ab", [3]),
+    ],
+)
+def test_text_is_followed_token_by_token(known: list[int], text: bytes, found: list[int]) -> None:
+    usual = {b"ab": [3], b"abab": [3, 3], b"aab": [1, 3], b"aba": [3, 1]}[text]
+    recall = Recall([as_tokens(known)], PIECES.get)
+    recall.follow([9])
+    assert recall.tokens(text, usual) == found
+
+
+def saved(tokens: tuple[int, ...], shape: Shape = SHAPE) -> Saved:
+    return Saved(shape, as_tokens(tokens), len(tokens), memoryview(bytes(100)))
+
+
+def test_the_common_prefix_of_tokens() -> None:
+    assert common_prefix(as_tokens((1, 2, 3)), as_tokens((1, 2, 4, 5))) == 2
+    assert common_prefix(as_tokens((1, 2)), as_tokens((1, 2, 4))) == 2
+    assert common_prefix(as_tokens(()), as_tokens((1,))) == 0
+
+
+def test_the_state_used_longest_ago_leaves_first() -> None:
+    store = PrefixStore(limit_bytes=250)
+    for seed in (1, 2):
+        store.put(saved(said(seed, 20)), Cuts())
+    assert store.find(SHAPE, Cuts(), as_tokens(said(1, 20)))
+    store.put(saved(said(3, 20)), Cuts())
+    assert [bool(store.find(SHAPE, Cuts(), as_tokens(said(seed, 20)))) for seed in (1, 2, 3)] == [True, False, True]
+    store.check_integrity()
+
+
+def test_a_longer_state_replaces_the_shorter_one_that_it_contains() -> None:
+    store = PrefixStore(limit_bytes=1000)
+    store.put(saved(said(1, 20)), Cuts())
+    store.put(saved(said(1, 20) + said(2, 20)), Cuts())
+    assert len(list(store)) == 1
+    store.put(saved(said(1, 20) + said(2, 20) + said(3, 5)), Cuts(recurrent=True))
+    assert len(list(store)) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SHAPE._replace(digest="other"),
+        SHAPE._replace(n_ctx=1),
+        SHAPE._replace(n_slots=1),
+        SHAPE._replace(flash_attention="on"),
+        SHAPE._replace(kv_cache_type="f16"),
+    ],
+)
+def test_a_state_of_another_shape_is_never_found(other: Shape) -> None:
+    store = PrefixStore(limit_bytes=1000)
+    store.put(saved(said(1, 20), other), Cuts())
+    assert store.find(SHAPE, Cuts(), as_tokens(said(1, 20))) is None
+
+
+def test_forgetting_a_model_leaves_the_others() -> None:
+    store = PrefixStore(limit_bytes=1000)
+    for digest in "ab":
+        store.put(saved(said(1, 20), SHAPE._replace(digest=digest)), Cuts())
+    store.forget("a")
+    assert [found.shape.digest for found in store] == ["b"]
+    store.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("cuts", "held", "shared", "usable"),
+    [
+        (Cuts(), 100, 50, 50),
+        (Cuts(window=64), 100, 50, 0),
+        (Cuts(window=64), 100, 100, 100),
+        (Cuts(window=64), 64, 50, 0),
+        (Cuts(window=64), 63, 50, 50),
+        (Cuts(recurrent=True), 60, 50, 0),
+        (Cuts(recurrent=True), 50, 50, 50),
+    ],
+)
+def test_where_states_may_be_cut(cuts: Cuts, held: int, shared: int, usable: int) -> None:
+    assert cuts.usable(held, shared) == usable
