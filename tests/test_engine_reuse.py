@@ -166,7 +166,7 @@ def test_what_a_model_wrote_is_taken_as_the_tokens_it_wrote(llama: LlamaEngine) 
     question = spelled(llama, "<|im_start|>", trusted=True)
     finish(llama, request(question + letters, 1))
     until_idle(llama)
-    again = llama.tokenize((Span("<|im_start|>", True), Span(text, False), Span("<|im_end|>", True)), add_special=False)
+    again = spelled(llama, f"<|im_start|>{text}<|im_end|>", trusted=True)
     assert again[:-1] == question + letters
     assert cached(llama, again) == len(again) - 1
     assert spelled(llama, text) != letters, "only where the conversation is the same"
@@ -180,7 +180,7 @@ def test_a_setting_turns_reuse_by_text_off(toys: dict[str, Path]) -> None:
         assert spelled(engine, "let us see it again") != letters
 
 
-PIECES = {1: b"a", 2: b"b", 3: b"ab", 4: b"", 5: None}
+PIECES = {1: b"a", 2: b"b", 3: b"ab", 4: b"", 5: None, 9: None}
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,7 @@ PIECES = {1: b"a", 2: b"b", 3: b"ab", 4: b"", 5: None}
 )
 def test_text_is_followed_token_by_token(known: list[int], text: bytes, found: list[int]) -> None:
     usual = {b"ab": [3], b"abab": [3, 3], b"aab": [1, 3], b"aba": [3, 1]}[text]
-    recall = Recall([as_tokens(known)], PIECES.get)
-    recall.follow([9])
-    assert recall.tokens(text, usual) == found
+    assert Recall([as_tokens(known)], PIECES.get).rewrite([9, *usual, 4]) == [9, *found, 4]
 
 
 def saved(tokens: tuple[int, ...], shape: Shape = SHAPE) -> Saved:

@@ -145,20 +145,13 @@ class LlamaEngine:
 
     def _tokenize(self, spans: tuple[Span, ...], add_special: bool, known: list[Tokens]) -> tuple[int, ...]:
         """What the model wrote stays as it wrote it: see `recall`."""
-        recall, prompt = Recall(known, self._model.answer_piece), list[int]()
+        tokens: list[int] = []
         for span in spans:
-            tokens = self._model.tokenize(span.text, parse_special=span.trusted)
-            if not prompt and add_special:
-                tokens = self._with_bos(tokens)
-            if not span.trusted:
-                tokens = recall.tokens(span.text.encode("utf-8", "replace"), tokens)
-            recall.follow(tokens)
-            prompt += tokens
-        return tuple(prompt)
-
-    def _with_bos(self, tokens: list[int]) -> list[int]:
-        bos = self._model.leading_bos
-        return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
+            tokens += self._model.tokenize(span.text, parse_special=span.trusted)
+        bos = self._model.leading_bos if add_special else None
+        if bos is not None and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tuple(Recall(known, self._model.answer_piece).rewrite(tokens))
 
 
 def _power_of_two(number: int) -> int:

@@ -6,6 +6,7 @@ Tokenizing its text again may give others, and all that comes after them would h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import numpy as np
 
@@ -13,37 +14,47 @@ from rustllama.engine.prefix_store import Tokens, as_tokens
 
 
 class Recall:
-    """Follows a prompt, span by span, along the known token sequences that begin like it."""
+    """Follows one prompt along the known token sequences that begin like it."""
 
     def __init__(self, known: Iterable[Tokens], bytes_of: Callable[[int], bytes | None]) -> None:
         """`bytes_of` a token that text cannot spell, like a control token, is empty or None."""
         self._known = list(known)
         self._bytes_of = bytes_of
-        self._length = 0
+        self._prompt: list[int] = []
 
-    def tokens(self, text: bytes, usual: list[int]) -> list[int]:
-        """How a known sequence goes on with exactly this text; else the `usual` tokens."""
-        if self._going_on_with(usual):
-            return usual
+    def rewrite(self, tokens: list[int]) -> list[int]:
+        """The prompt with each text between two control tokens as it was written, where exactly that is known."""
+        read = 0
+        for is_text, group in groupby(tokens, key=lambda token: bool(self._bytes_of(token))):
+            if not self._known:
+                break
+            run = list(group)
+            read += len(run)
+            self._follow(self._as_written(run) if is_text else run)
+        return self._prompt + tokens[read:]
+
+    def _as_written(self, run: list[int]) -> list[int]:
+        if self._going_on_with(run):
+            return run
+        text = b"".join(self._bytes_of(token) or b"" for token in run)
         for known in self._known:
             end = self._end_of(text, known)
             if end is not None:
-                return [int(token) for token in known[self._length : end]]
-        return usual
+                return [int(token) for token in known[len(self._prompt) : end]]
+        return run
 
-    def follow(self, tokens: list[int]) -> None:
-        """The prompt goes on with these."""
+    def _follow(self, tokens: list[int]) -> None:
         self._known = self._going_on_with(tokens)
-        self._length += len(tokens)
+        self._prompt += tokens
 
     def _going_on_with(self, tokens: list[int]) -> list[Tokens]:
-        wanted, end = as_tokens(tokens), self._length + len(tokens)
-        return [known for known in self._known if np.array_equal(known[self._length : end], wanted)]
+        start, wanted = len(self._prompt), as_tokens(tokens)
+        return [known for known in self._known if np.array_equal(known[start : start + len(tokens)], wanted)]
 
     def _end_of(self, text: bytes, known: Tokens) -> int | None:
         """The place where the sequence has spelled the text, if a token ends there."""
         spelled = 0
-        for place in range(self._length, len(known)):
+        for place in range(len(self._prompt), len(known)):
             piece = self._bytes_of(int(known[place]))
             if not piece or not text.startswith(piece, spelled):
                 return None
