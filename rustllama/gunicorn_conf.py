@@ -1,7 +1,4 @@
-"""Gunicorn's configuration, the only one: `rustllama serve` and deployments by plain Gunicorn share it.
-
-`gunicorn -c python:rustllama.gunicorn_conf rustllama.serve:app` is the same server without rustllama's messages.
-"""
+"""Gunicorn's configuration, the only one: `rustllama serve` runs with it, and so do the deployments."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from rustllama.settings import Settings
 _settings = Settings.from_env(os.environ)
 _GRACE_S = 5  # between the end of the drain, which ends every answer, and Gunicorn's kill
 
-bind = [f"{host}:{_settings.host[1]}" for host in _settings.listen_hosts]
+bind = [f"[{host}]:{_settings.host[1]}" for host in _settings.listen_hosts]  # the brackets are for IPv6
 workers = _settings.workers
 worker_class = "rustllama.worker.Worker"
 worker_connections = 4096

@@ -23,11 +23,6 @@ from rustllama.settings import Settings
 _BACKLOG = 2048
 
 
-def app() -> flask.Flask:
-    """The WSGI application for Gunicorn's own command: `gunicorn … 'rustllama.serve:app()'`."""
-    return create_app(Settings.from_env(os.environ))
-
-
 def main(settings: Settings) -> None:
     """Serves until a signal; exits with 0. Raises SettingError before anything is started."""
     registry = Registry(settings.database_path)

@@ -96,6 +96,22 @@ def test_ready_means_an_address_a_count_and_a_command(tmp_path: Path) -> None:
     assert server.stop() == 0
 
 
+def test_localhost_is_both_loopbacks(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "home", environ={"RUSTLLAMA_HOST": "localhost:0"})
+    port = server.url.rpartition(":")[2]
+    hosts = ["127.0.0.1", "localhost", *(["[::1]"] if _has_ipv6() else [])]
+    assert [requests.get(f"http://{host}:{port}/health", timeout=5).status_code for host in hosts] == [200] * len(hosts)
+    assert server.stop() == 0
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        return True
+    except OSError:
+        return False
+
+
 def test_a_port_in_use_is_one_line_and_status_2(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
