@@ -50,6 +50,7 @@ class Call:
             seconds = self.usage.eval_ns / 1e9
             words += [
                 f"prompt_tokens={self.usage.prompt_tokens}",
+                f"cached_tokens={self.usage.cached_tokens}",
                 f"answer_tokens={self.usage.completion_tokens}",
                 f"queue_ms={self.usage.queue_ns / 1e6:.1f}",
                 f"first_token_ms={self.first_token_ns / 1e6:.1f}",
