@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gevent
+import numpy as np
 import pytest
 
 from rustllama import gguf
 from rustllama.core import Delta, GenerateRequest, LoadOptions, MemoryPlan, SamplingParams, Span, Usage
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
+from rustllama.engine.native import Context, Model
 from rustllama.engine.prefix_store import Cuts, PrefixStore, Saved, Shape, as_tokens, common_prefix
 from rustllama.engine.recall import Recall
 from rustllama.settings import Settings
@@ -53,13 +55,34 @@ def cached(engine: LlamaEngine, prompt: tuple[int, ...]) -> int:
     return used
 
 
-def fresh_answers(toy: Path, prompts: list[tuple[int, ...]], max_tokens: int) -> list[str]:
-    """One by one, and nothing is reused."""
+def written(engine: LlamaEngine, asked: GenerateRequest) -> tuple[int, ...]:
+    """Prompt and answer, as tokens."""
+    stream = engine.submit(asked)
+    list(stream)
+    return tuple(stream._sequence.tokens)
+
+
+def assert_a_fresh_engine_agrees(toy: Path, given: list[tuple[int, tuple[int, ...]]], max_tokens: int) -> None:
+    """`given` are lengths of prompts, and prompts with answers. One by one and with nothing reused they come out the
+    same, or part where two tokens are as good as even: chunks of other sizes round otherwise.
+    """
     engine = open_engine(toy, prompt_cache_memory=0)
-    found = [finish(engine, request(prompt, max_tokens)) for prompt in prompts]
+    others = [written(engine, request(tokens[:length], max_tokens)) for length, tokens in given]
     engine.close()
-    assert not any(usage.cached_tokens for _, usage in found)
-    return [text for text, _ in found]
+    assert all(one == other or are_even(toy, one, other) for (_, one), other in zip(given, others, strict=True))
+
+
+def are_even(toy: Path, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether the first tokens that differ have the two highest logits, and nearly the same."""
+    place = common_prefix(as_tokens(one), as_tokens(other))
+    model = Model(str(toy))
+    context = Context(model, n_ctx=N_CTX, n_slots=1, n_batch=N_CTX, n_threads=1, flash_attention="off")
+    context.decode(one[:place], range(place), [0] * place, [row == place - 1 for row in range(place)])
+    logits = context.logits(place - 1)
+    context.close()
+    model.close()
+    best, second = np.argsort(logits)[:-3:-1]
+    return {best, second} == {one[place], other[place]} and bool(logits[best] - logits[second] < 0.01)
 
 
 def test_a_prompt_takes_over_what_an_earlier_one_had_in_common(llama: LlamaEngine) -> None:
@@ -78,24 +101,22 @@ def test_a_few_tokens_are_not_worth_a_copy(llama: LlamaEngine) -> None:
 
 def test_prompts_that_come_together_compute_their_common_prefix_once(toy: Path) -> None:
     prompts = [said(1, 100) + said(10 + i, 10) for i in range(SLOTS)]
-    alone = fresh_answers(toy, prompts, 12)
     for engine in _checked(open_engine(toy)):
-        together = [gevent.spawn(finish, engine, request(prompt)) for prompt in prompts]
-        found = [greenlet.get() for greenlet in together]
-        assert [text for text, _ in found] == alone
-        assert sorted(usage.cached_tokens for _, usage in found) == [0] + [100] * (SLOTS - 1)
+        streams = [engine.submit(request(prompt)) for prompt in prompts]
+        usages = [list(stream)[-1].usage for stream in streams]
+        assert sorted(usage.cached_tokens for usage in usages if usage) == [0] + [100] * (SLOTS - 1)
+    assert_a_fresh_engine_agrees(toy, [(110, tuple(stream._sequence.tokens)) for stream in streams], 12)
 
 
 def test_a_conversation_goes_on_from_its_last_state(toy: Path) -> None:
     for engine in _checked(open_engine(toy)):
-        stream = engine.submit(request(said(1, 40)))
-        list(stream)
+        tokens = written(engine, request(said(1, 40)))
         until_idle(engine)
-        tokens = tuple(stream._sequence.tokens)
-        turn = tokens + said(2, 10)
-        text, usage = finish(engine, request(turn))
+        stream = engine.submit(request(tokens + said(2, 10)))
+        usage = list(stream)[-1].usage
+        assert usage is not None
         assert usage.cached_tokens == len(tokens) - 1
-        assert [text] == fresh_answers(toy, [turn], 12)
+    assert_a_fresh_engine_agrees(toy, [(len(tokens) + 10, tuple(stream._sequence.tokens))], 12)
 
 
 def test_a_border_that_came_back_is_kept_where_states_cannot_be_cut(toys: dict[str, Path]) -> None:
@@ -131,28 +152,27 @@ def test_conversations_at_random_answer_as_a_fresh_engine_does(toy: Path, seed: 
     """Shared beginnings, turns, cancels in any phase, little memory for states."""
     rng = random.Random(seed)
     systems = [said(i, rng.randint(20, 120)) for i in range(3)]
-    asked: list[tuple[int, ...]] = []
-    given: list[str] = []
+    given: list[tuple[int, tuple[int, ...]]] = []
 
     def converse(engine: LlamaEngine, number: int) -> None:
-        tokens = rng.choice(systems) + said(100 + number, rng.randint(3, 30))
+        prompt = rng.choice(systems) + said(100 + number, rng.randint(3, 30))
         for turn in range(rng.randint(1, 4)):
-            stream = engine.submit(request(tokens, 10))
+            stream = engine.submit(request(prompt, 10))
             if rng.random() < 0.2:
                 gevent.sleep(rng.random() * 0.02)
                 stream.cancel()
                 return
-            text = "".join(delta.text for delta in stream)
-            asked.append(tokens)
-            given.append(text)
-            tokens = tuple(stream._sequence.tokens) + said(1000 * number + turn, rng.randint(2, 20))
+            list(stream)
+            tokens = tuple(stream._sequence.tokens)
+            given.append((len(prompt), tokens))
+            prompt = tokens + said(1000 * number + turn, rng.randint(2, 20))
             gevent.sleep(rng.random() * 0.01)
 
     for engine in _checked(open_engine(toy, prompt_cache_memory=3_000_000)):
         talks = [gevent.spawn_later(rng.random() * 0.3, converse, engine, number) for number in range(40)]
         gevent.joinall(talks, raise_error=True)
-    assert len(asked) > 40
-    assert given == fresh_answers(toy, asked, 10)
+    assert len(given) > 40
+    assert_a_fresh_engine_agrees(toy, given, 10)
 
 
 def spelled(engine: LlamaEngine, text: str, *, trusted: bool = False) -> tuple[int, ...]:
