@@ -104,6 +104,7 @@ class Runner:
             _log.warning("a saved state of %d tokens could not be used", count)
             self._context.clear(slot)
             sequence.computed = sequence.cached = 0
+            sequence.order = 0  # others may wait for it, so it waits for nobody who has not begun
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> bool:
         """A token for each sequence; whether any has ended."""

@@ -265,7 +265,7 @@ class Scheduler:
         """Who holds, or will hold, the longest prefix. Nobody waits for one that came later and has not begun."""
         best = None
         for leader in [*self.running, *self.leaving]:
-            if leader is sequence or (not leader.computed and leader.order > sequence.order):
+            if leader is sequence or (not leader.computed and leader.order >= sequence.order):
                 continue
             shared = common_prefix(sequence.prompt[:-1], leader.transcript)
             count = cuts.usable(max(leader.computed, shared), shared)
