@@ -20,6 +20,7 @@ from rustllama.core import (
     SamplingParams,
     Span,
 )
+from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.errors import Busy, Cancelled, Draining, OutOfMemory
 from rustllama.settings import Settings
@@ -205,3 +206,21 @@ def test_bos_is_added_once(tmp_path: Path) -> None:
         bare = engine.tokenize((Span("hello", trusted=True),), add_special=True)
         spelled = engine.tokenize((Span("<|endoftext|>hello", trusted=True),), add_special=True)
         assert bare == spelled
+
+
+@pytest.mark.parametrize("ms", [[0, 1, 9, 9, 9], [0, 9, 9, 9, 1], [0, 9, 1, 9, 9]])
+def test_answers_do_not_depend_on_the_shape_of_the_calls(any_engine: LlamaEngine, ms: list[float]) -> None:
+    requests = [ask(i, max_tokens=12 + 4 * i) for i in range(3)]
+    alone = [answer(any_engine, request) for request in requests]
+    any_engine._lanes[0]._scheduler.decode_cost = DecodeCost(SLOTS, ms)
+    together = [gevent.spawn(answer, any_engine, request) for request in requests]
+    assert [greenlet.get() for greenlet in together] == alone
+
+
+def test_an_idle_engine_learns_what_its_calls_cost(engine: LlamaEngine) -> None:
+    cost = engine._lanes[0]._scheduler.decode_cost
+    with gevent.Timeout(30):
+        while cost.wanted:
+            gevent.sleep(0.01)
+    assert all(cost.ms[1:])
+    assert answer(engine, ask(1)), "what was measured is cleared"

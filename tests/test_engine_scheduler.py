@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rustllama.core import Delta, GenerateRequest
+from rustllama.engine.costs import DecodeCost
 from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf
-from rustllama.engine.scheduler import Batch, Clear, Move, Outcome, Scheduler, Swap
+from rustllama.engine.scheduler import Batch, Call, Clear, Move, Outcome, Scheduler, Swap, Timing
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.errors import Busy, Cancelled, Draining
 
@@ -28,16 +29,22 @@ def sequence(prompt: int = 10, max_tokens: int | None = None) -> Sequence:
     return Sequence(request, Outlet(), arrived_ns=0)
 
 
-def scheduler(n_slots: int = 4, n_batch: int = 512, max_queue: int = 8, **costs: float) -> Scheduler:
-    made = Scheduler(n_slots, n_batch, max_queue, gap_ms=200)
-    for name, value in costs.items():
-        setattr(made, name, value)
+def scheduler(
+    n_slots: int = 4, n_batch: int = 512, max_queue: int = 8, *, prompt_ms_per_token: float = 0, decode_ms: float = 0
+) -> Scheduler:
+    made = Scheduler(n_slots, n_batch, max_queue, gap_ms=200, decode_ms=decode_ms)
+    if prompt_ms_per_token:
+        made.prompt_cost.observe(64, 0, 64 * prompt_ms_per_token)
     return made
+
+
+def decoding(batch: Batch) -> tuple[Sequence, ...]:
+    return tuple(s for call in batch.decode for s in call.sequences)
 
 
 def play(batch: Batch) -> None:
     """Does to the sequences what the runner does."""
-    for s in batch.decode:
+    for s in decoding(batch):
         s.computed += 1
         s.accept(7, b"x", 1)
     for chunk in batch.prompt:
@@ -62,7 +69,7 @@ def test_a_prompt_is_computed_and_then_decoded() -> None:
     made, one = scheduler(), sequence(10)
     made.add(one)
     assert [(c.sequence, c.count) for c in step(made).prompt] == [(one, 10)]
-    assert step(made).decode == (one,)
+    assert decoding(step(made)) == (one,)
 
 
 def test_the_queue_is_first_in_first_out() -> None:
@@ -86,7 +93,7 @@ def test_running_streams_decode_in_every_step_while_a_prompt_is_computed() -> No
     made.add(stream)
     step(made)
     made.add(sequence(100))
-    assert [step(made).decode for _ in range(3)] == [(stream,)] * 3
+    assert [decoding(step(made)) for _ in range(3)] == [(stream,)] * 3
 
 
 def test_the_prompt_budget_follows_the_gap_target() -> None:
@@ -153,8 +160,30 @@ def test_a_long_prompt_that_has_waited_is_not_starved() -> None:
 
 def test_the_cost_of_a_prompt_is_learned() -> None:
     made = scheduler()
-    made.apply(Outcome(prompt_ns=100 * MS, prompt_tokens=50))
-    assert made.prompt_ms_per_token == 2.0
+    made.apply(Outcome(prompt=Timing(rows=50, depth=0, ns=100 * MS)))
+    assert made.prompt_cost.ms_per_row(50, 0) == 2.0
+
+
+def test_a_step_decodes_in_the_cheapest_calls() -> None:
+    made = scheduler(n_slots=8)
+    made.decode_cost = DecodeCost(8, [0, 30, 90, 110, 130, 170, 190, 210, 130])
+    all_ = [sequence(4) for _ in range(7)]
+    for s in all_:
+        made.add(s)
+    step(made)
+    assert made.plan(2).decode == (Call(0, tuple(all_), scratch=1),)  # type: ignore[union-attr]
+    for s in all_[3:]:
+        made.cancel(s)
+    assert made.plan(3).decode == (Call(0, (all_[0],)), Call(1, (all_[1],)), Call(2, (all_[2],)))  # type: ignore[union-attr]
+
+
+def test_a_slot_that_holds_something_is_never_scratch() -> None:
+    made = scheduler(n_slots=3, n_batch=8)
+    made.decode_cost = DecodeCost(3, [0, 30, 90, 35])
+    made.add(sequence(4))
+    step(made)
+    made.add(sequence(100))
+    assert made.plan(2).decode[0].scratch == 0  # type: ignore[union-attr]
 
 
 def test_the_highest_slot_moves_into_a_hole() -> None:
@@ -165,7 +194,7 @@ def test_the_highest_slot_moves_into_a_hole() -> None:
     made.cancel(all_[0])
     batch = step(made)
     assert batch.arrange == (Clear(0, all_[0]), Move(2, 0))
-    assert batch.decode == (all_[2], all_[1])
+    assert decoding(batch) == (all_[2], all_[1])
 
 
 def test_a_short_prompt_that_is_done_first_changes_places() -> None:
@@ -229,7 +258,7 @@ class AnyTraffic(RuleBasedStateMachine):
             self.alive = [s for s in self.alive if not s.over]
             assert not self.alive
             return
-        assert batch.decode == tuple(self.made.slots[: len(batch.decode)])
+        assert decoding(batch) == tuple(self.made.slots[: len(decoding(batch))])
         assert sum(chunk.count for chunk in batch.prompt) <= 32
         assert [chunk.slot for chunk in batch.prompt] == sorted({chunk.slot for chunk in batch.prompt})
         play(batch)

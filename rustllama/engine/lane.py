@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rustllama import bridge
 from rustllama.core import Delta, GenerateRequest
+from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
 from rustllama.engine.prefix_store import Shelf
 from rustllama.engine.runner import Deltas, Runner
@@ -17,6 +18,8 @@ from rustllama.engine.sequence import Sequence
 from rustllama.errors import InternalError, RustllamaError
 from rustllama.settings import Settings
 
+_PATIENCE_S = 0.5
+_MEASURING_MS = 1_500  # in one rest
 _log = logging.getLogger("rustllama.engine")
 
 
@@ -49,6 +52,7 @@ class Lane:
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
         self._runner = Runner(model, context, self._relay.post, lambda: not native.contended)
         self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
+        self._scheduler.decode_cost = DecodeCost(shape.n_slots)
         self._work = bridge.Event()
         self._stopped = bridge.Event()
         self._closing = False
@@ -122,23 +126,37 @@ class Lane:
             self._work.clear()
             self._runner.interrupted = False
             batch = self._scheduler.plan(time.perf_counter_ns())
-            if batch is None:
-                if self._closing:
-                    break
-                self.idle_since_s = time.monotonic()
-                self._work.wait()
-                continue
+            if batch is None and self._closing:
+                break
             try:
-                self._scheduler.apply(self._native.call(self._runner.run, batch))
+                if batch is None:
+                    self._rest()
+                else:
+                    self._scheduler.apply(self._native.call(self._runner.run, batch))
             except Exception as error:  # whatever it is, nobody may be left waiting
                 self._fail(error)
         self._stopped.set()
+
+    def _rest(self) -> None:
+        """Waits for work. If none comes for a while, decode calls are measured; who comes then waits for one."""
+        self.idle_since_s = time.monotonic()
+        cost, patience_s, spent_ms = self._scheduler.decode_cost, _PATIENCE_S, 0.0
+        while rows := cost.wanted:
+            if spent_ms > _MEASURING_MS or self._work.wait(patience_s):
+                break
+            patience_s = 0.0 if self._native.idle else _PATIENCE_S
+            if self._native.idle:
+                ms = self._native.call(self._runner.measure, rows)
+                cost.measured(rows, ms)
+                spent_ms += ms
+        self._work.wait()
 
     def _fail(self, error: Exception) -> None:
         """The step was lost, and with it the state of all who took part; those in the queue go on."""
         _log.error("a step failed", exc_info=error)
         reason = error if isinstance(error, RustllamaError) else InternalError("the engine failed in a step.")
         self._scheduler.lose_all(reason)
+        self._scheduler.decode_cost = DecodeCost()  # whatever shape failed, the plain one is the safest
         self._native.call(self._runner.reset)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rustllama.core import Delta
 from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
-from rustllama.engine.scheduler import Batch, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap
+from rustllama.engine.scheduler import Batch, Call, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap, Timing
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.errors import InternalError
 
@@ -39,17 +39,22 @@ class Runner:
     def run(self, batch: Batch) -> Outcome:
         """One step, and further decode steps while nothing else is to be done."""
         kept = tuple(self._arrange(batch))
-        started_ns = time.perf_counter_ns()
+        decode: tuple[Timing, ...] = ()
         while batch.decode:
-            ended = self._decode(batch.decode)
-            decoded_ns = time.perf_counter_ns()
+            decode = tuple([self._decode(call) for call in batch.decode])
+            ended = any(sequence.over for call in batch.decode for sequence in call.sequences)
             if batch.prompt or batch.awaited or ended or self.interrupted or not self._go_on():
                 break
-            started_ns = decoded_ns
-        else:
-            decoded_ns = started_ns
-        tokens = self._prompt(batch.prompt) if batch.prompt else 0
-        return Outcome(decoded_ns - started_ns, time.perf_counter_ns() - decoded_ns, tokens, kept)
+        return Outcome(decode, self._prompt(batch.prompt) if batch.prompt else None, kept)
+
+    def measure(self, rows: int) -> float:
+        """Milliseconds of a decode call with a first token in each of the first slots, all of them empty."""
+        started_ns = time.perf_counter_ns()
+        self._context.decode([0] * rows, [0] * rows, range(rows), True)
+        took_ns = time.perf_counter_ns() - started_ns
+        for slot in range(rows):
+            self._context.clear(slot)
+        return took_ns / 1e6
 
     def abort(self, sequence: Sequence) -> None:
         """Ends the prompt call that carries this sequence alone, if it runs; called in the hub."""
@@ -106,25 +111,32 @@ class Runner:
             sequence.computed = sequence.cached = 0
             sequence.order = 0  # others may wait for it, so it waits for nobody who has not begun
 
-    def _decode(self, sequences: tuple[Sequence, ...]) -> bool:
-        """A token for each sequence; whether any has ended."""
-        tokens = [sequence.tokens[-1] for sequence in sequences]
-        positions = [len(sequence.tokens) - 1 for sequence in sequences]
-        self._context.decode(tokens, positions, range(len(sequences)), True)
+    def _decode(self, call: Call) -> Timing:
+        """A token for each sequence of the call."""
+        started_ns = time.perf_counter_ns()
+        spare = [0] * call.scratch
+        tokens = [sequence.tokens[-1] for sequence in call.sequences]
+        positions = [len(sequence.tokens) - 1 for sequence in call.sequences]
+        # scratch rows ask for logits too, or the last layer and the head run in the shape that was to be avoided
+        self._context.decode(tokens + spare, positions + spare, range(call.slot, call.slot + call.rows), True)
         deltas: Deltas = []
         now_ns = time.perf_counter_ns()
-        for row, sequence in enumerate(sequences):
+        timing = Timing(call.rows, call.depth, now_ns - started_ns)
+        for slot in range(call.slot + len(call.sequences), call.slot + call.rows):
+            self._context.clear(slot)
+        for row, sequence in enumerate(call.sequences):
             sequence.computed += 1
             deltas.append((sequence, self._sample(sequence, row, now_ns)))
         self._emit(deltas)
-        return any(sequence.over for sequence in sequences)
+        return timing
 
     def _sample(self, sequence: Sequence, row: int, now_ns: int) -> Delta:
         token = self._context.sample(self._samplers[sequence], row)
         return sequence.accept(token, self._model.answer_piece(token), now_ns)
 
-    def _prompt(self, chunks: tuple[Chunk, ...]) -> int:
+    def _prompt(self, chunks: tuple[Chunk, ...]) -> Timing | None:
         """Computes the chunks in one call; prompts that are complete with it give their first token."""
+        started_ns = time.perf_counter_ns()
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -139,11 +151,12 @@ class Runner:
         outputs = np.zeros(len(tokens), np.int8)
         outputs[[row for _, row in finished]] = 1
         if not self._call(chunks, tokens, positions, slots, outputs):
-            return 0
+            return None
+        timing = Timing(len(tokens), sum(positions) / len(tokens), time.perf_counter_ns() - started_ns)
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
         self._emit([(sequence, self._first_token(sequence, row)) for sequence, row in finished])
-        return len(tokens)
+        return timing
 
     def _call(
         self,

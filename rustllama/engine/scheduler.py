@@ -11,13 +11,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from rustllama.engine.costs import DecodeCost, PromptCost
 from rustllama.engine.prefix_store import WORTH_REUSING, Cuts, Match, Shelf, common_prefix
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.errors import Busy, Cancelled, RustllamaError
 
 _NS_PER_MS = 1_000_000
-_FIRST_CHUNK = 64  # tokens, before the cost of a prompt is known
-_SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
 _ALONE_MS = 1_000  # what one prompt call may take when nobody waits for its next token
 _LEARNING_RATE = 0.3
 
@@ -82,14 +81,34 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """One step: arrange the slots, then one decode call, then one prompt call.
+class Call:
+    """One decode call: a token for each of the sequences, which are in adjacent slots from `slot` on, and behind them
+    rows in empty slots that are thrown away.
+    """
 
-    `decode[i]` is in slot i, so that its rows are adjacent; `prompt` is in the order of slots.
+    slot: int
+    sequences: tuple[Sequence, ...]
+    scratch: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequences) + self.scratch
+
+    @property
+    def depth(self) -> float:
+        """Tokens that a row looks at, in the mean."""
+        return sum(sequence.computed for sequence in self.sequences) / self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: arrange the slots, then the decode calls, then one prompt call.
+
+    The decode calls go through the slots from the lowest on; `prompt` is in the order of slots.
     """
 
     arrange: tuple[Arrangement, ...]
-    decode: tuple[Sequence, ...]
+    decode: tuple[Call, ...]
     prompt: tuple[Chunk, ...]
     awaited: bool = False  # a prompt waits for what this step computes or saves
 
@@ -104,12 +123,24 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """How long a llama_decode took, by its rows and the tokens that each of them looked at, in the mean."""
+
+    rows: int
+    depth: float
+    ns: int
+
+    @property
+    def ms(self) -> float:
+        return self.ns / _NS_PER_MS
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What the last step of a batch took, and what was saved in it."""
 
-    decode_ns: int = 0
-    prompt_ns: int = 0
-    prompt_tokens: int = 0
+    decode: tuple[Timing, ...] = ()
+    prompt: Timing | None = None
     kept: tuple[Kept, ...] = ()
 
 
@@ -124,8 +155,9 @@ class Scheduler:
     shelf: Shelf | None = None  # None: nothing is reused
     queue: deque[Sequence] = field(default_factory=deque)
     slots: list[Sequence | None] = field(default_factory=list)
-    decode_ms: float = 0.0
-    prompt_ms_per_token: float = 0.0
+    decode_ms: float = 0.0  # of a step's decode calls together
+    decode_cost: DecodeCost = field(default_factory=DecodeCost)
+    prompt_cost: PromptCost = field(default_factory=PromptCost)
     leaving: list[Sequence] = field(default_factory=list)  # whose state the current batch saves
     _admitted: int = 0
     _followers: dict[Sequence, _Wait] = field(default_factory=dict)
@@ -186,8 +218,8 @@ class Scheduler:
         arrange: tuple[Arrangement, ...] = (*self._clear(), *self._close_ranks())
         self._admit(now_ns)
         arrange += tuple(self._share())
-        decode = tuple(s for s in self.slots if s is not None and s.phase is Phase.DECODE)
-        prompt = tuple(self._chunks(self._prompt_budget(bool(decode)), now_ns))
+        decode = tuple(self._calls())
+        prompt = tuple(self._chunks(bool(decode), now_ns))
         return Batch(arrange, decode, prompt, bool(self._followers)) if arrange or decode or prompt else None
 
     def apply(self, outcome: Outcome) -> None:
@@ -196,11 +228,12 @@ class Scheduler:
         if self.shelf is not None:
             for kept in outcome.kept:
                 self.shelf.put(kept.tokens, kept.held, kept.state)
-        if outcome.decode_ns:
-            self.decode_ms = _learn(self.decode_ms, outcome.decode_ns / _NS_PER_MS)
-        if outcome.prompt_tokens:
-            cost = outcome.prompt_ns / _NS_PER_MS / outcome.prompt_tokens
-            self.prompt_ms_per_token = _learn(self.prompt_ms_per_token, cost)
+        if outcome.decode:
+            self.decode_ms = _learn(self.decode_ms, sum(call.ms for call in outcome.decode))
+        for call in outcome.decode:
+            self.decode_cost.observe(call.rows, call.depth, call.ms)
+        if outcome.prompt is not None:
+            self.prompt_cost.observe(outcome.prompt.rows, outcome.prompt.depth, outcome.prompt.ms)
 
     def _clear(self) -> Iterator[Clear]:
         for slot, sequence in enumerate(self.slots):
@@ -273,28 +306,40 @@ class Scheduler:
                 best, at_least = _Wait(leader, count), count + 1
         return best
 
-    def _prompt_budget(self, decoding: bool) -> int:
-        """Tokens: what keeps the gap between two tokens of the running streams near the target."""
-        if not self.prompt_ms_per_token:
-            return min(_FIRST_CHUNK, self.n_batch)
-        target_ms = max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms if decoding else _ALONE_MS
-        tokens = int(target_ms / self.prompt_ms_per_token)
-        return max(_SMALLEST_CHUNK, min(tokens // _SMALLEST_CHUNK * _SMALLEST_CHUNK, self.n_batch))
+    def _calls(self) -> Iterator[Call]:
+        """The decode calls of a step, in the cheapest shape; empty slots behind the last sequence may be scratch."""
+        decoding = [s for s in self.slots if s is not None and s.phase is Phase.DECODE]
+        if not decoding:
+            return
+        empty = next((i for i, s in enumerate(self.slots[len(decoding) :]) if s is not None), self.n_slots)
+        split = self.decode_cost.split(len(decoding), min(empty, self.n_slots - len(decoding)))
+        slot = 0
+        for size in split.sizes:
+            end = slot + size
+            yield Call(slot, tuple(decoding[slot:end]), split.scratch if end == len(decoding) else 0)
+            slot = end
 
-    def _chunks(self, budget: int, now_ns: int) -> list[Chunk]:
+    def _chunks(self, decoding: bool, now_ns: int) -> list[Chunk]:
         """The most urgent prompts first. A small piece of another one is left for later: what is longer or shorter than
         the rest of a call, llama.cpp computes in a call of its own.
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self._followers]
-        chunks, left = list[Chunk](), budget
-        for slot, sequence in sorted(waiting, key=lambda item: self._urgency_ms(item[1], now_ns)):
+        waiting.sort(key=lambda item: self._urgency_ms(item[1], now_ns))
+        budget = left = self._prompt_budget(decoding, waiting[0][1].computed) if waiting else 0
+        chunks = list[Chunk]()
+        for slot, sequence in waiting:
             reach = self._reach(sequence)
             count = min(reach, left)
             if count == reach or not chunks or count >= budget // 2:
                 chunks += [Chunk(sequence, slot, count)] if count else []
                 left -= count
         return sorted(chunks, key=lambda chunk: chunk.slot)
+
+    def _prompt_budget(self, decoding: bool, depth: int) -> int:
+        """Tokens: what keeps the gap between two tokens of the running streams near the target."""
+        target_ms = max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms if decoding else _ALONE_MS
+        return self.prompt_cost.rows_within(target_ms, depth, self.n_batch)
 
     def _reach(self, sequence: Sequence) -> int:
         """Tokens to the end of the prompt, or to where others wait to take it over."""
@@ -304,7 +349,8 @@ class Scheduler:
     def _urgency_ms(self, sequence: Sequence, now_ns: int) -> float:
         """Shortest remaining prompt first, but who waits longer than a prompt takes comes before it."""
         waited_ms = (now_ns - sequence.admitted_ns) / _NS_PER_MS
-        return sequence.prompt_remaining * self.prompt_ms_per_token - waited_ms
+        remaining = sequence.prompt_remaining
+        return remaining * self.prompt_cost.ms_per_row(remaining, sequence.computed + remaining / 2) - waited_ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,169 @@
+"""What a call costs on this machine: learned from the calls themselves, and asked for the shape of the next ones.
+
+Pure arithmetic. The cost of a call is anything but linear in its rows: llama.cpp has kernels for one row, for few and
+for many, and which of them is the cheapest per row differs by quantization and machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_WORTH_SPLITTING = 0.95  # of the plain call's cost: a gain below the noise of the measure is none
+_SHALLOW = 256  # tokens; deeper, a decode call's time tells more about attention than about its rows
+_FEWEST_TO_CHOOSE = 2  # slots
+_TRIES = 2
+_CORRECTION = 0.05
+_ENOUGH_TO_CHOOSE_AGAIN = 0.02
+_FORGETTING = 0.9  # what the past weighs at each observation of a prompt call: about ten of them count
+_SPREAD = 64  # tokens of depth; over less, no slope can be told
+SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
+_FIRST_CHUNK = 64  # tokens, before anything is known
+
+
+class Split(NamedTuple):
+    """How to advance some sequences by a token: `sizes` of them in each call, and `scratch` rows more in the last."""
+
+    sizes: tuple[int, ...]
+    scratch: int = 0
+
+
+@dataclass(slots=True)
+class DecodeCost:
+    """`ms[rows]` is the time of a call with one row for each of so many sequences that hold little; 0: not known."""
+
+    most_rows: int = 0
+    ms: list[float] = field(default_factory=list)
+    _tries: dict[int, int] = field(default_factory=dict)  # of those that were measured here
+    _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
+    _moved: float = 0.0  # share by which `ms` changed since the splits were chosen
+
+    def __post_init__(self) -> None:
+        self.ms = (self.ms + [0.0] * (self.most_rows + 1))[: self.most_rows + 1]
+
+    @property
+    def wanted(self) -> int | None:
+        """How many rows to measure next; powers of two come first, as splits are mostly made of them."""
+        if self.most_rows < _FEWEST_TO_CHOOSE:
+            return None
+        tries = {
+            rows: self._tries.get(rows, 0)
+            for rows in range(1, self.most_rows + 1)
+            if rows in self._tries or not self.ms[rows]
+        }
+        wanted = [rows for rows, done in tries.items() if done < _TRIES]
+        return min(wanted, key=lambda rows: (tries[rows], rows.bit_count(), rows), default=None)
+
+    def measured(self, rows: int, ms: float) -> None:
+        """Of a call on empty sequences: the fastest of several is the true one, the others were disturbed."""
+        self.ms[rows] = min(ms, self.ms[rows] or ms)
+        self._tries[rows] = self._tries.get(rows, 0) + 1
+        self._splits.clear()
+
+    def observe(self, rows: int, depth: float, ms: float) -> None:
+        """A call that served somebody, at this mean depth in tokens."""
+        if depth < _SHALLOW and rows <= self.most_rows:
+            before = self.ms[rows] or ms
+            self.ms[rows] = before + _CORRECTION * (ms - before)
+            self._moved += abs(self.ms[rows] / before - 1)
+            if self._moved > _ENOUGH_TO_CHOOSE_AGAIN or before == ms:
+                self._moved = 0.0
+                self._splits.clear()
+
+    def split(self, rows: int, scratch: int) -> Split:
+        """The cheapest way to advance so many sequences, with at most so many scratch rows."""
+        key = rows, scratch
+        if key not in self._splits:
+            self._splits[key] = self._cheapest(rows, scratch)
+        return self._splits[key]
+
+    def _cheapest(self, rows: int, scratch: int) -> Split:
+        """Over all ways to cut `rows` into calls; only the last call's rows have empty slots beside them."""
+        plain = Split((rows,))
+        if rows > self.most_rows or not self.ms[rows]:
+            return plain
+        best = [(0.0, plain)] * (rows + 1)
+        best[0] = (0.0, Split(()))
+        for total in range(1, rows + 1):
+            ways = [(best[total - last][0] + self.ms[last], last) for last in range(1, total + 1) if self.ms[last]]
+            cost, last = min(ways, default=(float("inf"), total))
+            best[total] = (cost, Split((*best[total - last][1].sizes, last)))
+        cost, found = best[rows]
+        for last in range(1, rows + 1):
+            for pad in range(1, min(scratch, self.most_rows - last) + 1):
+                padded = best[rows - last][0] + self.ms[last + pad]
+                if self.ms[last + pad] and padded < cost:
+                    cost, found = padded, Split((*best[rows - last][1].sizes, last), pad)
+        return found if cost < _WORTH_SPLITTING * self.ms[rows] else plain
+
+
+@dataclass(slots=True)
+class _Line:
+    """y = a + b x by least squares, where the past fades."""
+
+    weight: float = 0.0
+    x: float = 0.0  # weighted sums from here on
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def observe(self, x: float, y: float) -> None:
+        kept = _FORGETTING
+        self.weight = kept * self.weight + 1
+        self.x, self.y = kept * self.x + x, kept * self.y + y
+        self.xx, self.xy = kept * self.xx + x * x, kept * self.xy + x * y
+
+    @property
+    def slope(self) -> float | None:
+        """None where the observations lie too close together."""
+        variance = self.xx - self.x * self.x / self.weight
+        if variance < _SPREAD * _SPREAD:
+            return None
+        return max(0.0, (self.xy - self.x * self.y / self.weight) / variance)
+
+    def at(self, x: float, slope: float) -> float:
+        """Through the middle of what was observed; never less than a quarter of that."""
+        mean = self.y / self.weight
+        return max(mean / 4, mean + slope * (x - self.x / self.weight))
+
+
+@dataclass(slots=True)
+class PromptCost:
+    """Milliseconds per row of a prompt call, by its size (powers of two) and by the depth of its rows."""
+
+    _lines: dict[int, _Line] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        return bool(self._lines)
+
+    def observe(self, rows: int, depth: float, ms: float) -> None:
+        """A call of so many prompt tokens; `depth` is how many cells each of them saw, in the mean."""
+        self._lines.setdefault(rows.bit_length(), _Line()).observe(depth, ms / rows)
+
+    def ms_per_row(self, rows: int, depth: float) -> float:
+        """0 while nothing is known."""
+        if not self._lines:
+            return 0.0
+        size = rows.bit_length()
+        nearest = min(self._lines, key=lambda known: (abs(known - size), known))
+        line = self._lines[nearest]
+        return line.at(depth, self._slope if line.slope is None else line.slope)
+
+    def rows_within(self, ms: float, depth: float, most: int) -> int:
+        """The largest call that takes no longer, in steps of SMALLEST_CHUNK, at most `most`."""
+        if not self._lines:
+            return min(_FIRST_CHUNK, most)
+        best = SMALLEST_CHUNK
+        for bits in range(SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
+            smallest, largest = 1 << (bits - 1), (1 << bits) - 1
+            rows = min(int(ms / self.ms_per_row(smallest, depth + smallest / 2)), largest)
+            if rows >= smallest:
+                best = max(best, rows)
+        return min(best, most) // SMALLEST_CHUNK * SMALLEST_CHUNK or most
+
+    @property
+    def _slope(self) -> float:
+        """For sizes that were seen at one depth only: what the others tell."""
+        slopes = [line.slope for line in self._lines.values() if line.slope is not None]
+        return sum(slopes) / len(slopes) if slopes else 0.0

@@ -1,0 +1,124 @@
+"""What calls cost, and the shapes that follow from it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustllama.engine.costs import DecodeCost, PromptCost, Split
+
+Q8_0 = [0, 32, 91, 112, 128, 172, 192, 213, 132, 170, 202, 190, 172, 220, 243, 230, 203]  # ms of a 1B on two cores
+FLAT = [0] + [5.0] * 16  # like a GPU
+
+
+@pytest.mark.parametrize(
+    ("rows", "scratch", "split"),
+    [
+        (1, 15, Split((1,))),
+        (2, 0, Split((1, 1))),
+        (3, 13, Split((1, 1, 1))),
+        (4, 0, Split((4,))),
+        (7, 0, Split((7,))),
+        (7, 1, Split((7,), 1)),
+        (14, 2, Split((14,), 2)),
+        (14, 1, Split((14,), 1)),
+        (16, 0, Split((16,))),
+    ],
+)
+def test_sequences_advance_in_the_cheapest_calls(rows: int, scratch: int, split: Split) -> None:
+    assert DecodeCost(16, list(Q8_0)).split(rows, scratch) == split
+
+
+def test_where_more_rows_cost_nothing_there_is_one_call() -> None:
+    cost = DecodeCost(16, list(FLAT))
+    assert [cost.split(rows, 3) for rows in range(1, 17)] == [Split((rows,)) for rows in range(1, 17)]
+
+
+@given(
+    ms=st.lists(st.floats(1, 1000), min_size=6, max_size=6),
+    rows=st.integers(1, 5),
+    scratch=st.integers(0, 5),
+)
+def test_no_other_split_is_much_cheaper(ms: list[float], rows: int, scratch: int) -> None:
+    cost = DecodeCost(6, [0, *ms])
+    found = cost.split(rows, scratch)
+    assert sum(found.sizes) == rows
+    assert found.scratch <= scratch
+
+    def total(sizes: tuple[int, ...], pad: int) -> float:
+        return sum(cost.ms[size] for size in sizes[:-1]) + cost.ms[sizes[-1] + pad]
+
+    ways = [
+        total(sizes, pad)
+        for count in range(1, rows + 1)
+        for sizes in itertools.product(range(1, rows + 1), repeat=count)
+        if sum(sizes) == rows
+        for pad in range(min(scratch, 6 - sizes[-1]) + 1)
+    ]
+    assert total(found.sizes, found.scratch) <= min(ways) / 0.95 + 1e-6
+
+
+def test_what_is_not_known_is_one_call() -> None:
+    assert DecodeCost(8, [0, 1, 0, 0]).split(3, 0) == Split((3,))
+    assert DecodeCost().split(5, 3) == Split((5,))
+
+
+def test_a_shape_that_turns_out_dear_is_left() -> None:
+    cost = DecodeCost(2, [0, 10, 30])
+    assert cost.split(2, 0) == Split((1, 1))
+    for _ in range(100):
+        cost.observe(1, depth=10, ms=20)
+    assert cost.split(2, 0) == Split((2,))
+
+
+def test_a_deep_call_tells_nothing_about_its_rows() -> None:
+    cost = DecodeCost(2, [0, 10, 30])
+    cost.observe(1, depth=5000, ms=500)
+    assert cost.ms[1] == 10
+
+
+def test_every_size_is_measured_until_all_are_known() -> None:
+    cost = DecodeCost(4)
+    seen = []
+    while rows := cost.wanted:
+        seen.append(rows)
+        cost.measured(rows, 10.0 * rows + len(seen))
+    assert seen == [1, 2, 4, 3] * 2
+    assert cost.ms == [0, 11, 22, 34, 43], "the fastest of two"
+
+
+def test_nothing_is_measured_where_there_is_no_choice() -> None:
+    assert DecodeCost(1).wanted is None
+
+
+def test_a_prompt_call_grows_until_it_takes_the_time_there_is() -> None:
+    cost = PromptCost()
+    cost.observe(64, 0, 64 * 2.0)
+    assert cost.rows_within(200, 0, 512) == 96
+    assert cost.rows_within(200, 0, 64) == 64
+    assert cost.rows_within(0, 0, 512) == 8, "never nothing: a prompt must come to its end"
+
+
+def test_before_anything_is_known_a_prompt_call_is_small() -> None:
+    assert PromptCost().rows_within(1000, 0, 512) == 64
+    assert PromptCost().rows_within(1000, 0, 16) == 16
+
+
+def test_a_deep_prompt_costs_more_than_a_shallow_one() -> None:
+    cost = PromptCost()
+    for depth in range(0, 2000, 100):
+        cost.observe(96, depth, 96 * (1 + depth / 1000))
+    assert cost.ms_per_row(96, 0) == pytest.approx(1, rel=0.05)
+    assert cost.ms_per_row(96, 2000) == pytest.approx(3, rel=0.05)
+    assert cost.rows_within(200, 0, 512) > 2 * cost.rows_within(200, 2000, 512)
+
+
+def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:
+    cost = PromptCost()
+    cost.observe(8, 0, 8 * 5.0)
+    cost.observe(256, 0, 256 * 1.0)
+    assert cost.ms_per_row(16, 0) == 5.0
+    assert cost.ms_per_row(512, 0) == 1.0
