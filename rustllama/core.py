@@ -61,6 +61,7 @@ class GenerateRequest:
     max_tokens: int | None = None  # None: as many as the context holds
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
+    reproducible: bool = False  # the same tokens, bit for bit, whatever else runs or ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,11 @@ class EngineState:
 class Engine(Protocol):
     """One loaded model, as the layers above see it. All methods are called from the hub's greenlets."""
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
-        """`add_special` begins with the BOS token where the vocabulary wants one and the text has none."""
+    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
+        """`add_special` begins with the BOS token where the vocabulary wants one and the text has none.
+
+        `as_written`: what the model wrote before may become the tokens it wrote, not those its text gives now.
+        """
 
     def reserve(self, num_ctx: int, available_bytes: int) -> None:
         """Makes sure that a slot of `num_ctx` tokens exists, made from that much memory. Raises OutOfMemory."""

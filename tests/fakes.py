@@ -92,14 +92,16 @@ class FakeEngine:
         self._plan = plan
         self.record = record
         self.prompts: list[tuple[Span, ...]] = []  # all that were tokenized
+        self.as_written = False  # how the last one was
         self._texts: dict[tuple[int, ...], str] = {}
         self.requests: list[GenerateRequest] = []
         self.streams: list[FakeStream] = []
         self.closed = False
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
+    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
         assert not self.closed
         self.prompts.append(spans)
+        self.as_written = as_written
         text = "".join(span.text for span in spans)
         words = re.findall(r"\w+|[^\w\s]", text)
         tokens = (1,) * add_special + tuple(zlib.crc32(word.encode()) for word in words)

@@ -156,6 +156,26 @@ def test_num_predict_below_one_leaves_the_bound_to_the_context(house: House, unb
     assert house.engines.request.max_tokens is None
 
 
+@pytest.mark.parametrize(
+    ("options", "by_default", "seed", "reproducible"),
+    [
+        ({}, False, -1, False),
+        ({"reproducible": True}, False, 0, True),
+        ({"reproducible": True, "seed": 5}, False, 5, True),
+        ({}, True, 0, True),
+        ({"reproducible": False}, True, -1, False),
+    ],
+)
+def test_a_request_or_a_setting_asks_for_the_same_bits(
+    tmp_path: Path, options: dict[str, object], by_default: bool, seed: int, reproducible: bool
+) -> None:
+    house = build_house(tmp_path, reproducible=by_default)
+    ok(house.chat("Hi", options=options))
+    request = house.engines.request
+    assert (request.reproducible, request.sampling.seed) == (reproducible, seed)
+    assert house.engines.last.as_written is not reproducible, "what was written before must not matter"
+
+
 @pytest.mark.parametrize(("given", "used"), [(-5, -1), (2**63 - 1, (2**63 - 1) % 0xFFFFFFFF), (0xFFFFFFFF, 0)])
 def test_any_seed_becomes_one_that_llama_cpp_takes(house: House, given: int, used: int) -> None:
     house.chat("Hi", options={"seed": given})

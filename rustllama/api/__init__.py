@@ -31,7 +31,7 @@ def create_app(
         engine_factory = LlamaEngines(settings)
     manager = EngineManager(settings, engine_factory)
     catalog = Catalog(settings, registry or Registry(settings.database_path), manager)
-    answers = Answers(catalog, manager)
+    answers = Answers(catalog, manager, reproducible=settings.reproducible)
     app = Flask("rustllama", static_folder=None)
     app.extensions["rustllama"] = manager
     app.url_map.merge_slashes = False  # a redirect would be HTML

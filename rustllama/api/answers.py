@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from rustllama.api.access import Call, call_of
 from rustllama.api.catalog import Catalog
@@ -78,14 +80,18 @@ class Loaded:
 class Answers:
     """Starts the work that a Job asks for."""
 
-    def __init__(self, catalog: Catalog, manager: EngineManager) -> None:
+    def __init__(self, catalog: Catalog, manager: EngineManager, *, reproducible: bool) -> None:
+        """`reproducible` where a request does not say."""
         self._catalog = catalog
         self._manager = manager
+        self._reproducible = reproducible
         self._prompts = Prompts()
 
     def start(self, job: Job, environ: WSGIEnvironment) -> Answer:
         """Returns with the first piece of the answer. Raises what can go wrong until then."""
         call = call_of(environ)
+        if job.options.reproducible is None:
+            job = replace(job, options=msgspec.structs.replace(job.options, reproducible=self._reproducible))
         with ExitStack() as held, ExitStack() as watch:
             watch.enter_context(watch_client(environ))
             lease, record = self._acquire(job, call)
@@ -125,4 +131,5 @@ def _request(id: str, job: Job, record: ModelRecord, prompt: Prompt, num_ctx: in
         max_tokens=job.options.max_tokens,
         stop=job.options.stops,
         sampling=job.options.sampling(recommended(record.info)),
+        reproducible=bool(job.options.reproducible),
     )

@@ -51,6 +51,7 @@ class Options(Struct, frozen=True, kw_only=True):
     num_thread: Annotated[int, Meta(ge=0, le=512)] | None = None
     num_batch: Annotated[int, Meta(ge=1, le=8192)] | None = None
     use_mmap: bool | None = None
+    reproducible: bool | None = None
 
     @property
     def max_tokens(self) -> int | None:
@@ -71,6 +72,8 @@ class Options(Struct, frozen=True, kw_only=True):
             for value in (getattr(recommended, name), getattr(self, name))
             if value is not None
         }
+        if self.reproducible:
+            given["seed"] = 0
         if self.seed is not None:
             given["seed"] = -1 if self.seed < 0 else self.seed % _SEEDS
         return SamplingParams(**given)

@@ -54,7 +54,7 @@ class Prompts:
     def build(self, job: Job, record: ModelRecord, engine: Engine, num_ctx: int) -> Prompt:
         """Raises TemplateRefused, and ContextExceeded for what does not fit or may not be shortened."""
         if job.raw_prompt is not None:
-            return _raw(job.raw_prompt, engine, num_ctx)
+            return _raw(job, job.raw_prompt, engine, num_ctx)
         template = self._own(record) if job.template is None else offload(ChatTemplate.of, record.info, job.template)
         return _chat(job, template, engine, num_ctx)
 
@@ -68,11 +68,11 @@ class Prompts:
         return template
 
 
-def _raw(prompt: str, engine: Engine, num_ctx: int) -> Prompt:
+def _raw(job: Job, prompt: str, engine: Engine, num_ctx: int) -> Prompt:
     """A prompt without a template: its special tokens are the client's own."""
     span = Span(prompt, trusted=True)
     text = _Text(render=lambda _: (span,), size_bytes=lambda _: len(prompt.encode()))
-    return Prompt(_fit(text, engine, num_ctx)[1])
+    return Prompt(_fit(text, job, engine, num_ctx)[1])
 
 
 def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Prompt:
@@ -82,7 +82,7 @@ def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Pro
         size_bytes=lambda start: sum(_size_bytes(turn) for turn in _kept(messages, start)),
         starts=_starts(messages) if job.truncate else (0,),
     )
-    start, tokens = _fit(text, engine, num_ctx)
+    start, tokens = _fit(text, job, engine, num_ctx)
     left_out = len(messages) - len(_kept(messages, start))
     warnings = [_NO_TEMPLATE] if template.uses_fallback else []
     if left_out:
@@ -108,10 +108,10 @@ def cut(weight: Callable[[int], int], starts: Sequence[int], limit: int, step: i
     return min(found, len(starts) - 1)
 
 
-def _fit(text: _Text, engine: Engine, num_ctx: int) -> tuple[int, tuple[int, ...]]:
+def _fit(text: _Text, job: Job, engine: Engine, num_ctx: int) -> tuple[int, tuple[int, ...]]:
     @cache
     def tokens(start: int) -> tuple[int, ...]:
-        return engine.tokenize(text.render(start), add_special=True)
+        return engine.tokenize(text.render(start), add_special=True, as_written=not job.options.reproducible)
 
     most_bytes = _BYTES_PER_TOKEN * num_ctx
     starts = text.starts[cut(text.size_bytes, text.starts, most_bytes, most_bytes // _STEPS) :]

@@ -79,6 +79,8 @@ class DecodeCost:
 
     def _cheapest(self, rows: int, scratch: int) -> Split:
         """Over all ways to cut `rows` into calls; only the last call's rows have empty slots beside them."""
+        if not rows:
+            return Split(())
         plain = Split((rows,))
         if rows > self.most_rows or not self.ms[rows]:
             return plain

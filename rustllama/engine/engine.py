@@ -65,8 +65,8 @@ class LlamaEngine:
             if not self._lanes:
                 self._model.close()
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
-        return bridge.offload(self._tokenize, spans, add_special, self._known())
+    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
+        return bridge.offload(self._tokenize, spans, add_special, self._known() if as_written else [])
 
     def reserve(self, num_ctx: int, available_bytes: int) -> None:
         self._close_idle_lanes()

@@ -16,6 +16,7 @@ import numpy as np
 from llama_cpp import _ggml
 
 from rustllama.core import ModelInfo
+from rustllama.engine.prefix_store import EXACT_CHUNK
 from rustllama.engine.sampling import Stage
 from rustllama.errors import BadModelFile, InternalError, OutOfMemory
 
@@ -160,7 +161,7 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx * n_slots
         params.n_seq_max = n_slots
-        params.n_batch = params.n_ubatch = max(n_batch, n_slots)
+        params.n_batch = params.n_ubatch = max(n_batch, n_slots, EXACT_CHUNK)
         params.n_outputs_max = n_slots  # or llama.cpp reserves n_batch × n_vocab floats
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = FLASH_ATTENTION[flash_attention]

@@ -17,6 +17,7 @@ from rustllama.core import ModelInfo
 
 Tokens = npt.NDArray[np.int32]
 
+EXACT_CHUNK = 32  # tokens; who wants the same bits computes a prompt alone, in calls of this size
 WORTH_REUSING = 16  # tokens; fewer are computed sooner than a state is copied
 
 
@@ -29,6 +30,10 @@ def common_prefix(one: Tokens, other: Tokens) -> int:
     length = min(len(one), len(other))
     differs = one[:length] != other[:length]
     return int(differs.argmax()) if differs.any() else length
+
+
+def whole_chunks(tokens: int) -> int:
+    return tokens // EXACT_CHUNK * EXACT_CHUNK
 
 
 class Shape(NamedTuple):
@@ -63,12 +68,21 @@ class Cuts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Saved:
-    """The state after the first `held` tokens; further ones were sampled and not computed."""
+    """The state after the first `held` tokens; further ones were sampled and not computed.
+
+    The first `exact` were computed in calls of EXACT_CHUNK.
+    """
 
     shape: Shape
     tokens: Tokens
     held: int
     state: memoryview
+    exact: int = 0
+
+    def shared(self, prompt: Tokens, *, exact: bool) -> int:
+        """How many of the prompt's first tokens it holds; `exact` ones only, where that matters."""
+        common = common_prefix(prompt, self.tokens[: self.exact if exact else self.held])
+        return whole_chunks(common) if exact else common
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +105,12 @@ class PrefixStore:
         """The one used last comes first."""
         return reversed(self._saved.values())
 
-    def find(self, shape: Shape, cuts: Cuts, prompt: Tokens) -> Match | None:
+    def find(self, shape: Shape, cuts: Cuts, prompt: Tokens, *, exact: bool = False) -> Match | None:
         """The longest usable prefix, compared token by token."""
         best: Match | None = None
         for saved in self:
             if saved.shape == shape:
-                count = cuts.usable(saved.held, common_prefix(prompt, saved.tokens[: saved.held]))
+                count = cuts.usable(saved.held, saved.shared(prompt, exact=exact))
                 if count >= WORTH_REUSING and (best is None or count > best.count):
                     best = Match(saved, count)
         if best is not None:
@@ -130,7 +144,7 @@ class PrefixStore:
 def _covers(new: Saved, old: Saved, cuts: Cuts) -> bool:
     if new.shape != old.shape or common_prefix(new.tokens[: new.held], old.tokens[: old.held]) < old.held:
         return False
-    return cuts.usable(new.held, old.held) == old.held
+    return cuts.usable(new.held, old.held) == old.held and new.exact >= old.exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +156,13 @@ class Shelf:
     cuts: Cuts
     token_bytes: int  # of a state, per token
 
-    def find(self, prompt: Tokens) -> Match | None:
-        return self.store.find(self.shape, self.cuts, prompt)
+    def find(self, prompt: Tokens, *, exact: bool) -> Match | None:
+        return self.store.find(self.shape, self.cuts, prompt, exact=exact)
 
     def wants(self, held: int) -> bool:
         """Whether a state of so many tokens is worth its bytes."""
         return held >= WORTH_REUSING and held * self.token_bytes <= self.store.limit_bytes
 
-    def put(self, tokens: Sequence[int], held: int, state: memoryview) -> None:
+    def put(self, tokens: Sequence[int], held: int, state: memoryview, exact: int) -> None:
         if len(state) <= self.store.limit_bytes:
-            self.store.put(Saved(self.shape, as_tokens(tokens), held, state), self.cuts)
+            self.store.put(Saved(self.shape, as_tokens(tokens), held, state, exact), self.cuts)

@@ -86,7 +86,7 @@ class Runner:
             match change:
                 case Clear(slot, sequence, keep):
                     if keep:
-                        yield Kept(tuple(sequence.tokens), sequence.computed, self._context.save(slot))
+                        yield _kept(sequence, sequence.tokens, sequence.computed, self._context.save(slot))
                     self._context.clear(slot)
                     if sequence in self._samplers:
                         self._samplers.pop(sequence).close()
@@ -98,7 +98,7 @@ class Runner:
                     if copied is None or copied[0] is not leader:
                         copied = leader, self._context.save(source)
                         if keep:
-                            yield Kept(tuple(leader.tokens[:count]), count, copied[1])
+                            yield _kept(leader, leader.tokens[:count], count, copied[1])
                     self._restore(target, sequence, copied[1], count)
                 case Restore(target, sequence, found):
                     self._restore(target, sequence, found.saved.state, found.count)
@@ -190,3 +190,7 @@ class Runner:
         sampler.accept(sequence.tokens[-last_n:] if last_n else ())
         sequence.phase = Phase.DECODE
         return self._sample(sequence, row, time.perf_counter_ns())
+
+
+def _kept(sequence: Sequence, tokens: list[int], held: int, state: memoryview) -> Kept:
+    return Kept(tuple(tokens), held, state, min(sequence.exact, held))

@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rustllama.engine.costs import DecodeCost, PromptCost
-from rustllama.engine.prefix_store import WORTH_REUSING, Cuts, Match, Shelf, common_prefix
+from rustllama.engine.prefix_store import (
+    EXACT_CHUNK,
+    WORTH_REUSING,
+    Cuts,
+    Match,
+    Shelf,
+    common_prefix,
+    whole_chunks,
+)
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.errors import Busy, Cancelled, RustllamaError
 
@@ -115,11 +123,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A state that was saved: of the first `held` of these tokens."""
+    """A state that was saved, of the first `held` of these tokens; the first `exact` came from calls of EXACT_CHUNK."""
 
     tokens: tuple[int, ...]
     held: int
     state: memoryview
+    exact: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +236,7 @@ class Scheduler:
         self.leaving = []
         if self.shelf is not None:
             for kept in outcome.kept:
-                self.shelf.put(kept.tokens, kept.held, kept.state)
+                self.shelf.put(kept.tokens, kept.held, kept.state, kept.exact)
         if outcome.decode:
             self.decode_ms = _learn(self.decode_ms, sum(call.ms for call in outcome.decode))
         for call in outcome.decode:
@@ -245,9 +254,11 @@ class Scheduler:
                 yield Clear(slot, sequence, keep)
 
     def _close_ranks(self) -> Iterator[Move | Swap]:
-        """Decoding sequences get the lowest slots, the others follow: llama.cpp batches only neighbours."""
-        for phases in ((Phase.DECODE,), (Phase.DECODE, Phase.PREFILL)):
-            belongs = [sequence is not None and sequence.phase in phases for sequence in self.slots]
+        """Sequences that decode together get the lowest slots, those that decode alone come next, prompts follow:
+        llama.cpp batches only neighbours.
+        """
+        for rank in range(3):
+            belongs = [sequence is not None and _rank(sequence) <= rank for sequence in self.slots]
             low, high = 0, self.n_slots - 1
             while True:
                 low = next((i for i in range(low, self.n_slots) if not belongs[i]), self.n_slots)
@@ -282,7 +293,7 @@ class Scheduler:
             if sequence in before and before[sequence].goes_on:
                 self._followers[sequence] = before[sequence]
                 continue
-            match = self.shelf.find(sequence.prompt[:-1])
+            match = self.shelf.find(sequence.prompt[:-1], exact=sequence.request.reproducible)
             wait = self._best_leader(sequence, self.shelf.cuts, WORTH_REUSING if match is None else match.count + 1)
             if wait is not None and (wait.leader in self.leaving or wait.leader.computed < wait.count):
                 self._followers[sequence] = wait
@@ -301,27 +312,32 @@ class Scheduler:
             if leader is sequence or (not leader.computed and leader.order >= sequence.order):
                 continue
             shared = common_prefix(sequence.prompt[:-1], leader.transcript)
+            if sequence.request.reproducible:
+                shared = whole_chunks(min(shared, leader.exact))
             count = cuts.usable(max(leader.computed, shared), shared)
             if count >= at_least:
                 best, at_least = _Wait(leader, count), count + 1
         return best
 
     def _calls(self) -> Iterator[Call]:
-        """The decode calls of a step, in the cheapest shape; empty slots behind the last sequence may be scratch."""
-        decoding = [s for s in self.slots if s is not None and s.phase is Phase.DECODE]
-        if not decoding:
-            return
-        empty = next((i for i, s in enumerate(self.slots[len(decoding) :]) if s is not None), self.n_slots)
-        split = self.decode_cost.split(len(decoding), min(empty, self.n_slots - len(decoding)))
-        slot = 0
-        for size in split.sizes:
-            end = slot + size
-            yield Call(slot, tuple(decoding[slot:end]), split.scratch if end == len(decoding) else 0)
-            slot = end
+        """The decode calls of a step, in the cheapest shape; who wants the same bits always has a call alone."""
+        decoding = tuple(s for s in self.slots if s is not None and s.phase is Phase.DECODE)
+        together = sum(not sequence.request.reproducible for sequence in decoding)
+        scratch = self._empty_from(together) if together == len(decoding) else 0
+        split = self.decode_cost.split(together, scratch)
+        start = 0
+        for size in (*split.sizes, *[1] * (len(decoding) - together)):
+            end = start + size
+            yield Call(start, decoding[start:end], split.scratch if end == together else 0)
+            start = end
+
+    def _empty_from(self, slot: int) -> int:
+        held = (i for i, sequence in enumerate(self.slots[slot:]) if sequence is not None)
+        return next(held, self.n_slots - slot)
 
     def _chunks(self, decoding: bool, now_ns: int) -> list[Chunk]:
         """The most urgent prompts first. A small piece of another one is left for later: what is longer or shorter than
-        the rest of a call, llama.cpp computes in a call of its own.
+        the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone.
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self._followers]
@@ -329,6 +345,10 @@ class Scheduler:
         budget = left = self._prompt_budget(decoding, waiting[0][1].computed) if waiting else 0
         chunks = list[Chunk]()
         for slot, sequence in waiting:
+            if sequence.request.reproducible:
+                if chunks:
+                    continue
+                return [Chunk(sequence, slot, min(EXACT_CHUNK, sequence.prompt_remaining))]
             reach = self._reach(sequence)
             count = min(reach, left)
             if count == reach or not chunks or count >= budget // 2:
@@ -363,6 +383,11 @@ class _Wait:
     @property
     def goes_on(self) -> bool:
         return not self.leader.over and self.leader.computed < self.count
+
+
+def _rank(sequence: Sequence) -> int:
+    """Where among the slots: who decodes with others, who decodes alone, whose prompt is computed."""
+    return 2 if sequence.phase is Phase.PREFILL else int(sequence.request.reproducible)
 
 
 def _learn(known: float, seen: float) -> float:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from rustllama.core import Delta, FinishReason, GenerateRequest, Usage
 from rustllama.engine.detokenizer import Detokenizer
-from rustllama.engine.prefix_store import Tokens, as_tokens
+from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
 
 
 class Phase(enum.Enum):
@@ -56,6 +56,11 @@ class Sequence:
     def transcript(self) -> Tokens:
         """The prompt, and the answer too once the sequence is over."""
         return as_tokens(self.tokens) if self.over else self.prompt
+
+    @property
+    def exact(self) -> int:
+        """How many of the first tokens are computed, or will be, in calls of EXACT_CHUNK."""
+        return whole_chunks(len(self.request.prompt)) if self.request.reproducible else 0
 
     @property
     def prompt_remaining(self) -> int:
