@@ -118,6 +118,7 @@ class Settings:
     )
     reuse_text: bool = _setting(_yes, True, "take what a model wrote as the tokens it wrote when its text comes back")
     reproducible: bool = _setting(_yes, False, "give every answer bit for bit the same, whatever else runs: slower")
+    speculation: bool = _setting(_yes, True, "draft what an answer quotes of its conversation, where that is faster")
     num_ctx: int = _setting(_whole(16, 1 << 22), 8192, "tokens of a usual context; less where memory is short")
     slots: int | None = _setting(
         _whole(1, 256), None, "answers a model generates at once; default: as spare memory allows, at most 16"

@@ -81,17 +81,21 @@ def test_a_deep_call_tells_nothing_about_its_rows() -> None:
 
 
 def test_every_size_is_measured_until_all_are_known() -> None:
-    cost = DecodeCost(4)
+    cost = DecodeCost(5)
     seen = []
     while rows := cost.wanted:
         seen.append(rows)
-        cost.measured(rows, 10.0 * rows + len(seen))
-    assert seen == [1, 2, 4, 3] * 2
-    assert cost.ms == [0, 11, 22, 34, 43], "the fastest of two"
+        cost.measured(rows, 100.0 * rows + len(seen))
+    assert seen == [1, 2, 4, 8, 16, 3, 5] * 2, "calls with drafts may have more rows than there are slots"
+    assert cost.ms[:6] == [0, 101, 202, 306, 403, 507], "the fastest of two"
 
 
-def test_nothing_is_measured_where_there_is_no_choice() -> None:
-    assert DecodeCost(1).wanted is None
+def test_drafts_cost_what_the_rows_cost_that_they_add() -> None:
+    cost = DecodeCost(16, list(Q8_0))
+    assert cost.of_drafts(1) == ((1, 91 / 32), (3, 4.0), (7, 132 / 32), (15, 203 / 32))
+    assert cost.of_drafts(2) == ((1, 128 / 91), (3, 132 / 91), (7, 203 / 91))
+    assert cost.of_drafts(7, scratch=1) == ((1, 243 / 132),)
+    assert DecodeCost(16).of_drafts(1) == ()
 
 
 def test_a_prompt_call_grows_until_it_takes_the_time_there_is() -> None:

@@ -25,7 +25,7 @@ from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.errors import Busy, Cancelled, Draining, OutOfMemory
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
-from tests.toys import LLAMA, write_toy
+from tests.toys import LLAMA, ToyShape, write_toy
 
 GREEDY = SamplingParams(temperature=0)
 SLOTS, N_CTX = 4, 512
@@ -222,5 +222,25 @@ def test_an_idle_engine_learns_what_its_calls_cost(engine: LlamaEngine) -> None:
     with gevent.Timeout(30):
         while cost.wanted:
             gevent.sleep(0.01)
-    assert all(cost.ms[1:])
+    assert all(cost.ms[1 : SLOTS + 1])
     assert answer(engine, ask(1)), "what was measured is cleared"
+
+
+def test_drafts_change_no_answer_whether_they_come_true_or_not(tmp_path: Path) -> None:
+    write_toy(tmp_path / "toy.gguf", ToyShape(layers=1))  # it says much again, and then something else
+    requests = [ask(i, max_tokens=300, length=20) for i in range(4)]
+    for plain in _checked(open_engine(tmp_path / "toy.gguf", speculation=False)):
+        expected = [answer(plain, request) for request in requests]
+    for drafting in _checked(open_engine(tmp_path / "toy.gguf")):
+        drafting._lanes[0]._scheduler.decode_cost = DecodeCost(SLOTS, [0, *[1.0] * 16])  # where rows cost nothing
+        streams = [drafting.submit(request) for request in requests]
+        assert ["".join(delta.text for delta in stream) for stream in streams] == expected
+        assert sum(stream._sequence.drafted for stream in streams) > 20, "nothing was quoted"
+
+
+@pytest.mark.parametrize("shape", ["gemma3", "mamba"])
+def test_where_a_state_cannot_be_cut_nothing_is_drafted(toys: dict[str, Path], shape: str) -> None:
+    for engine in _checked(open_engine(toys[shape])):
+        stream = engine.submit(ask(1))
+        list(stream)
+        assert stream._sequence.drafter is None

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 _WORTH_SPLITTING = 0.95  # of the plain call's cost: a gain below the noise of the measure is none
 _SHALLOW = 256  # tokens; deeper, a decode call's time tells more about attention than about its rows
-_FEWEST_TO_CHOOSE = 2  # slots
+DRAFT_ROWS = 16  # of one sequence in a call, at most
+_DRAFTS = (1, 3, 7, 15)  # that a sequence may carry: with its token, sizes that every kernel likes
 _TRIES = 2
 _CORRECTION = 0.05
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
@@ -30,27 +31,28 @@ class Split(NamedTuple):
 
 @dataclass(slots=True)
 class DecodeCost:
-    """`ms[rows]` is the time of a call with one row for each of so many sequences that hold little; 0: not known."""
+    """`ms[rows]` is the time of a call with one row for each of so many sequences that hold little; 0: not known.
 
-    most_rows: int = 0
+    Drafted rows cost the same, so that there may be more rows than slots.
+    """
+
+    slots: int = 0
     ms: list[float] = field(default_factory=list)
     _tries: dict[int, int] = field(default_factory=dict)  # of those that were measured here
     _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
     _moved: float = 0.0  # share by which `ms` changed since the splits were chosen
 
     def __post_init__(self) -> None:
-        self.ms = (self.ms + [0.0] * (self.most_rows + 1))[: self.most_rows + 1]
+        most = max(self.slots, DRAFT_ROWS)
+        self.ms = (self.ms + [0.0] * (most + 1))[: most + 1]
 
     @property
     def wanted(self) -> int | None:
-        """How many rows to measure next; powers of two come first, as splits are mostly made of them."""
-        if self.most_rows < _FEWEST_TO_CHOOSE:
+        """How many rows to measure next; powers of two come first, as the cheapest calls are mostly made of them."""
+        if not self.slots:
             return None
-        tries = {
-            rows: self._tries.get(rows, 0)
-            for rows in range(1, self.most_rows + 1)
-            if rows in self._tries or not self.ms[rows]
-        }
+        useful = {*range(1, self.slots + 1), *(1 + count for count in _DRAFTS)}
+        tries = {rows: self._tries.get(rows, 0) for rows in useful if rows in self._tries or not self.ms[rows]}
         wanted = [rows for rows, done in tries.items() if done < _TRIES]
         return min(wanted, key=lambda rows: (tries[rows], rows.bit_count(), rows), default=None)
 
@@ -62,13 +64,22 @@ class DecodeCost:
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call that served somebody, at this mean depth in tokens."""
-        if depth < _SHALLOW and rows <= self.most_rows:
+        if depth < _SHALLOW and rows < len(self.ms):
             before = self.ms[rows] or ms
             self.ms[rows] = before + _CORRECTION * (ms - before)
             self._moved += abs(self.ms[rows] / before - 1)
             if self._moved > _ENOUGH_TO_CHOOSE_AGAIN or before == ms:
                 self._moved = 0.0
                 self._splits.clear()
+
+    def of_drafts(self, sequences: int, scratch: int = 0) -> tuple[tuple[int, float], ...]:
+        """For each number of tokens that so many sequences may draft: the cost of their call, as a multiple of the one
+        without drafts.
+        """
+        plain = self.ms[sequences + scratch] if sequences + scratch < len(self.ms) else 0
+        sizes = [(count, sequences * (1 + count)) for count in _DRAFTS]
+        known = [(count, rows) for count, rows in sizes if plain and rows < len(self.ms) and self.ms[rows]]
+        return tuple((count, self.ms[rows] / plain) for count, rows in known)
 
     def split(self, rows: int, scratch: int) -> Split:
         """The cheapest way to advance so many sequences, with at most so many scratch rows."""
@@ -82,7 +93,7 @@ class DecodeCost:
         if not rows:
             return Split(())
         plain = Split((rows,))
-        if rows > self.most_rows or not self.ms[rows]:
+        if not self.slots or not self.ms[rows]:
             return plain
         best = [(0.0, plain)] * (rows + 1)
         best[0] = (0.0, Split(()))
@@ -92,7 +103,7 @@ class DecodeCost:
             best[total] = (cost, Split((*best[total - last][1].sizes, last)))
         cost, found = best[rows]
         for last in range(1, rows + 1):
-            for pad in range(1, min(scratch, self.most_rows - last) + 1):
+            for pad in range(1, min(scratch, self.slots - last) + 1):
                 padded = best[rows - last][0] + self.ms[last + pad]
                 if self.ms[last + pad] and padded < cost:
                     cost, found = padded, Split((*best[rows - last][1].sizes, last), pad)

@@ -117,7 +117,9 @@ class LlamaEngine:
     def _open(self, n_ctx: int, n_slots: int) -> Lane:
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads)
         context = bridge.offload(Lane.open, self._model, shape, self._settings)
-        return Lane(self._model, context, shape, self._settings, self._native, self._shelf(shape))
+        may_draft = self._settings.speculation and Cuts.of(self._info) == Cuts()
+        shelf = self._shelf(shape)
+        return Lane(self._model, context, shape, self._settings, self._native, shelf, may_draft=may_draft)
 
     def _shelf(self, lane: LaneShape) -> Shelf | None:
         if not self._store.limit_bytes:

@@ -44,13 +44,15 @@ class Lane:
         settings: Settings,
         native: bridge.NativeThreads,
         shelf: Shelf | None,
+        *,
+        may_draft: bool,
     ):
         self.shape = shape
         self.idle_since_s = time.monotonic()
         self._native = native
         self._context = context
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
-        self._runner = Runner(model, context, self._relay.post, lambda: not native.contended)
+        self._runner = Runner(model, context, self._relay.post, lambda: not native.contended, may_draft=may_draft)
         self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
         self._scheduler.decode_cost = DecodeCost(shape.n_slots)
         self._work = bridge.Event()

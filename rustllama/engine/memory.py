@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rustllama.core import MemoryPlan, ModelInfo
+from rustllama.engine.costs import DRAFT_ROWS
 from rustllama.engine.machine import free_memory_bytes
 from rustllama.errors import OutOfMemory
 from rustllama.settings import Settings
@@ -111,4 +112,5 @@ def _slot_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
 
 def _buffer_bytes(info: ModelInfo, n_batch: int, n_slots: int) -> int:
     """llama.cpp's compute buffer, estimated: about 24 activations of the width for each row, and the logits."""
-    return 4 * (24 * n_batch * info.embedding_length + 2 * n_slots * info.vocabulary_size)
+    rows = max(n_slots, DRAFT_ROWS)
+    return 4 * (24 * n_batch * info.embedding_length + 2 * rows * info.vocabulary_size)

@@ -16,6 +16,7 @@ import numpy as np
 from llama_cpp import _ggml
 
 from rustllama.core import ModelInfo
+from rustllama.engine.costs import DRAFT_ROWS
 from rustllama.engine.prefix_store import EXACT_CHUNK
 from rustllama.engine.sampling import Stage
 from rustllama.errors import BadModelFile, InternalError, OutOfMemory
@@ -161,8 +162,8 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx * n_slots
         params.n_seq_max = n_slots
-        params.n_batch = params.n_ubatch = max(n_batch, n_slots, EXACT_CHUNK)
-        params.n_outputs_max = n_slots  # or llama.cpp reserves n_batch × n_vocab floats
+        params.n_batch = params.n_ubatch = max(n_batch, n_slots, EXACT_CHUNK, DRAFT_ROWS)
+        params.n_outputs_max = max(n_slots, DRAFT_ROWS)  # or llama.cpp reserves n_batch × n_vocab floats
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = FLASH_ATTENTION[flash_attention]
         params.type_k = params.type_v = KV_CACHE[kv_cache_type]
@@ -210,6 +211,10 @@ class Context:
 
     def clear(self, slot: int) -> None:
         llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def cut(self, slot: int, count: int) -> None:
+        """Leaves the first `count` tokens; only where states may be cut (see `prefix_store.Cuts`)."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, count, -1)
 
     def move(self, source: int, target: int) -> None:
         """The state of `source` goes to the empty slot `target`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from rustllama.core import Delta
+from rustllama.engine.drafts import Drafter
 from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
 from rustllama.engine.scheduler import Batch, Call, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap, Timing
@@ -24,14 +25,24 @@ class Runner:
     """`run` belongs to the native thread; the hub sets `interrupted` and calls `abort`."""
 
     def __init__(
-        self, model: Model, context: Context, emit: Callable[[Deltas], None], go_on: Callable[[], bool]
+        self,
+        model: Model,
+        context: Context,
+        emit: Callable[[Deltas], None],
+        go_on: Callable[[], bool],
+        *,
+        may_draft: bool,
     ) -> None:
-        """`emit` gets each step's deltas; `go_on` tells, after a step, whether to run ahead."""
+        """`emit` gets each step's deltas; `go_on` tells, after a step, whether to run ahead.
+
+        `may_draft`: a state may be cut behind a draft that did not come true.
+        """
         self.interrupted = False
         self._model = model
         self._context = context
         self._emit = emit
         self._go_on = go_on
+        self._may_draft = may_draft
         self._samplers: dict[Sequence, Sampler] = {}
         self._alone: Sequence | None = None  # whose prompt call runs now, and carries nobody else
         self._lock = threading.Lock()
@@ -48,11 +59,13 @@ class Runner:
         return Outcome(decode, self._prompt(batch.prompt) if batch.prompt else None, kept)
 
     def measure(self, rows: int) -> float:
-        """Milliseconds of a decode call with a first token in each of the first slots, all of them empty."""
+        """Milliseconds of a decode call on empty slots: a row in each, or all in the first where there are more."""
+        slots = range(rows) if rows <= self._context.n_slots else [0] * rows
+        positions = [0] * rows if rows <= self._context.n_slots else range(rows)
         started_ns = time.perf_counter_ns()
-        self._context.decode([0] * rows, [0] * rows, range(rows), True)
+        self._context.decode([0] * rows, positions, slots, True)
         took_ns = time.perf_counter_ns() - started_ns
-        for slot in range(rows):
+        for slot in set(slots):
             self._context.clear(slot)
         return took_ns / 1e6
 
@@ -112,23 +125,36 @@ class Runner:
             sequence.order = 0  # others may wait for it, so it waits for nobody who has not begun
 
     def _decode(self, call: Call) -> Timing:
-        """A token for each sequence of the call."""
+        """A token for each sequence of the call, and more where drafts come true."""
         started_ns = time.perf_counter_ns()
-        spare = [0] * call.scratch
-        tokens = [sequence.tokens[-1] for sequence in call.sequences]
-        positions = [len(sequence.tokens) - 1 for sequence in call.sequences]
+        drafts = call.drafts()
+        scratch = [] if drafts[0] else [0] * call.scratch
+        tokens, positions, slots = list[int](), list[int](), list[int]()
+        for slot, (sequence, draft) in enumerate(zip(call.sequences, drafts, strict=True), call.slot):
+            tokens += [sequence.tokens[-1], *draft]
+            positions += range(sequence.computed, sequence.computed + 1 + len(draft))
+            slots += [slot] * (1 + len(draft))
+        spare = range(call.slot + len(call.sequences), call.slot + len(call.sequences) + len(scratch))
         # scratch rows ask for logits too, or the last layer and the head run in the shape that was to be avoided
-        self._context.decode(tokens + spare, positions + spare, range(call.slot, call.slot + call.rows), True)
-        deltas: Deltas = []
+        self._context.decode(tokens + scratch, positions + scratch, [*slots, *spare], True)
         now_ns = time.perf_counter_ns()
-        timing = Timing(call.rows, call.depth, now_ns - started_ns)
-        for slot in range(call.slot + len(call.sequences), call.slot + call.rows):
+        timing = Timing(len(tokens) + len(scratch), sum(positions) / len(positions), now_ns - started_ns)
+        for slot in spare:
             self._context.clear(slot)
-        for row, sequence in enumerate(call.sequences):
-            sequence.computed += 1
-            deltas.append((sequence, self._sample(sequence, row, now_ns)))
-        self._emit(deltas)
+        self._emit([delta for place in range(len(drafts)) for delta in self._take(call, place, drafts[place], now_ns)])
         return timing
+
+    def _take(self, call: Call, place: int, draft: list[int], now_ns: int) -> Iterator[tuple[Sequence, Delta]]:
+        """The token that follows, and one more for each drafted one that came true; what was computed beyond is cut."""
+        sequence, row = call.sequences[place], place * (1 + len(draft))
+        for count in range(1 + len(draft)):
+            sequence.computed += 1
+            yield sequence, self._sample(sequence, row + count, now_ns)
+            if sequence.over or draft[count : count + 1] != sequence.tokens[-1:]:
+                break
+        sequence.drafted += count
+        if count < len(draft):
+            self._context.cut(call.slot + place, sequence.computed)
 
     def _sample(self, sequence: Sequence, row: int, now_ns: int) -> Delta:
         token = self._context.sample(self._samplers[sequence], row)
@@ -189,6 +215,8 @@ class Runner:
         last_n = penalized_tokens(params, sequence.request.num_ctx)
         sampler.accept(sequence.tokens[-last_n:] if last_n else ())
         sequence.phase = Phase.DECODE
+        if self._may_draft and not sequence.request.reproducible:
+            sequence.drafter = Drafter(sequence.tokens)
         return self._sample(sequence, row, time.perf_counter_ns())
 
 

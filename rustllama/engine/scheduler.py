@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rustllama.engine.costs import DecodeCost, PromptCost
+from rustllama.engine.drafts import worthwhile
 from rustllama.engine.prefix_store import (
     EXACT_CHUNK,
     WORTH_REUSING,
@@ -97,15 +98,18 @@ class Call:
     slot: int
     sequences: tuple[Sequence, ...]
     scratch: int = 0
+    draft_costs: tuple[tuple[int, float], ...] = ()  # see `drafts.worthwhile`
 
-    @property
-    def rows(self) -> int:
-        return len(self.sequences) + self.scratch
-
-    @property
-    def depth(self) -> float:
-        """Tokens that a row looks at, in the mean."""
-        return sum(sequence.computed for sequence in self.sequences) / self.rows
+    def drafts(self) -> list[list[int]]:
+        """What each sequence may say next: equally many tokens, as llama.cpp computes unequal ones in several calls."""
+        drafters = [sequence.drafter for sequence in self.sequences if sequence.drafter is not None]
+        if self.draft_costs and len(drafters) == len(self.sequences):
+            trust = sum(drafter.trust for drafter in drafters) / len(drafters)
+            count = worthwhile(trust, self.draft_costs)
+            found = [drafter.draft(count) for drafter in drafters]
+            if all(len(draft) == count for draft in found) and all(s.room > count for s in self.sequences):
+                return found
+        return [[] for _ in self.sequences]
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +332,8 @@ class Scheduler:
         start = 0
         for size in (*split.sizes, *[1] * (len(decoding) - together)):
             end = start + size
-            yield Call(start, decoding[start:end], split.scratch if end == together else 0)
+            spare = split.scratch if end == together else 0
+            yield Call(start, decoding[start:end], spare, self.decode_cost.of_drafts(size, spare))
             start = end
 
     def _empty_from(self, slot: int) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rustllama.core import Delta, FinishReason, GenerateRequest, Usage
 from rustllama.engine.detokenizer import Detokenizer
+from rustllama.engine.drafts import Drafter
 from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
 
 
@@ -36,11 +37,13 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     computed: int = 0  # how many of the tokens llama.cpp's memory holds
     cached: int = 0  # how many of them came from what was computed before
+    drafted: int = 0  # tokens of the answer that were drafts first
     order: int = 0  # of admission
     admitted_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
+    drafter: Drafter | None = None  # where its state can be cut behind what did not come true
     prompt: Tokens = field(default_factory=lambda: as_tokens(()))
 
     def __post_init__(self) -> None:
@@ -67,6 +70,13 @@ class Sequence:
         return len(self.request.prompt) - self.computed
 
     @property
+    def room(self) -> int:
+        """Tokens that may still be generated."""
+        limit = self.request.max_tokens
+        left = self.request.num_ctx - len(self.tokens)
+        return left if limit is None else min(left, limit - self.answered)
+
+    @property
     def answered(self) -> int:
         """Tokens generated, an end-of-generation token included."""
         return len(self.tokens) - len(self.request.prompt)
@@ -77,6 +87,8 @@ class Sequence:
             self.first_token_ns = now_ns
         self.last_token_ns = now_ns
         self.tokens.append(token)
+        if self.drafter is not None:
+            self.drafter.follow()
         text = "" if piece is None else self.detokenizer.push(piece)
         finish = self._finish(piece is None)
         if finish is None:
@@ -87,10 +99,7 @@ class Sequence:
     def _finish(self, ended: bool) -> FinishReason | None:
         if ended or self.detokenizer.stopped:
             return FinishReason.STOP
-        limit = self.request.max_tokens
-        if (limit is not None and self.answered >= limit) or len(self.tokens) >= self.request.num_ctx:
-            return FinishReason.LENGTH
-        return None
+        return None if self.room > 0 else FinishReason.LENGTH
 
     def usage(self) -> Usage:
         return Usage(
