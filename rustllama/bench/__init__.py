@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from rustllama.bench.dialects import DIALECTS
 from rustllama.bench.load import DEFAULT_URLS, LoadRun, Plan
-from rustllama.bench.report import Figures, Intrusion, as_json, show
+from rustllama.bench.report import Figures, Intrusion, Spread, as_json, figures, show
 from rustllama.client import base_url
 from rustllama.settings import Settings
 
@@ -24,7 +25,8 @@ _NONE_OR_MORE = click.IntRange(0)
     epilog="\b\nExamples:\n  rustllama bench --model demo -c 4 -n 32\n"
     "  rustllama bench --api openai --url http://localhost:8080 --model any -c 16\n"
     "  rustllama bench -c 4 --answer-tokens 256 --intrude 2000\n"
-    "  rustllama bench --compare model.gguf -c 16",
+    "  rustllama bench --compare model.gguf -c 16\n"
+    "  rustllama bench --simulate 1b --rate 2 -n 200",
 )
 @click.option("--url", help="The server; default: RUSTLLAMA_HOST, or the usual port of the --api.")
 @click.option("--api", type=click.Choice(list(DIALECTS)), default="rustllama", show_default=True)
@@ -47,9 +49,16 @@ _NONE_OR_MORE = click.IntRange(0)
 @click.option("--seed", type=int, metavar="N", help="Of the prompts; default: another one each time.")
 @click.option("--bare", type=_FILE, metavar="GGUF", help="Run the bare llama.cpp loop, without a server.")
 @click.option("--compare", type=_FILE, metavar="GGUF", help="Run a private server and the bare loop in turns.")
+@click.option(
+    "--simulate",
+    type=click.Choice(("135m", "1b", "gpu")),
+    help="Run the scheduler alone, in virtual time, with what calls of such a model take.",
+)
 @click.option("--pairs", type=_COUNT, default=5, show_default=True, metavar="N", help="How often --compare runs both.")
 @click.option("--json", "json_wanted", is_flag=True, help="Print JSON.")
-def bench(json_wanted: bool, bare: Path | None, compare: Path | None, pairs: int, **options: object) -> None:
+def bench(
+    json_wanted: bool, bare: Path | None, compare: Path | None, simulate: str | None, pairs: int, **options: object
+) -> None:
     """Measure how fast a server answers, any server of three dialects, or llama.cpp alone."""
     plan = _plan(options)
     if compare:
@@ -57,6 +66,8 @@ def bench(json_wanted: bool, bare: Path | None, compare: Path | None, pairs: int
 
         found = run_pairs(compare, plan, pairs)
         click.echo(found.as_json() if json_wanted else "\n".join(found.lines()))
+    elif simulate:
+        _print_simulation(plan, simulate, json_wanted)
     elif bare:
         _print_bare(bare, plan, json_wanted)
     else:
@@ -86,6 +97,16 @@ def _print_bare(path: Path, plan: Plan, json_wanted: bool) -> None:
 
     settings = Settings.from_env(os.environ)
     _print(measure(path, settings, plan.concurrency, plan.prompt_tokens, plan.answer_tokens), None, json_wanted)
+
+
+def _print_simulation(plan: Plan, machine: str, json_wanted: bool) -> None:
+    from rustllama.bench.simulate import MACHINES, Simulation
+
+    simulation = Simulation(plan, MACHINES[machine], Settings.from_env(os.environ))
+    found = figures(simulation.run())
+    planning = Spread.of(simulation.planning_s)
+    own = {"scheduler p50": planning.p50, "p99": planning.p99} if planning else {}
+    _print(replace(found, server_ms=own), None, json_wanted)
 
 
 def _print(found: Figures, disturbed: Intrusion | None, json_wanted: bool) -> None:
