@@ -60,10 +60,6 @@ class NativeThreads:
         self._waiting = 0
 
     @property
-    def idle(self) -> bool:
-        return not self._waiting
-
-    @property
     def contended(self) -> bool:
         """Whether some caller waits for a thread: one that has one should come to an end."""
         return self._waiting > self._pool.maxsize

@@ -12,6 +12,7 @@ from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import Model, gpu_layers
 from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, Tokens, as_tokens
 from rustllama.engine.recall import Recall
+from rustllama.engine.turns import Share, Turns
 from rustllama.errors import OutOfMemory, RustllamaError
 from rustllama.settings import Settings
 
@@ -19,16 +20,19 @@ _LARGE_LANE_IDLE_S = 60.0
 
 
 class LlamaEngines:
-    """Makes engines that share one native thread, so that no two models compute at once on the same cores."""
+    """Makes engines that share one native thread, so that no two models compute at once on the same cores, and take
+    turns in it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._native = bridge.NativeThreads(1)
+        self._turns = Turns()
         self._store = PrefixStore(memory.prompt_cache_bytes(settings))
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> LlamaEngine:
         """Loads the model. Raises BadModelFile or OutOfMemory."""
-        return LlamaEngine(record, options, plan, self._settings, self._native, self._store)
+        return LlamaEngine(record, options, plan, self._settings, self._native, Share(self._turns), self._store)
 
     def forget(self, digest: str) -> None:
         self._store.forget(digest)
@@ -44,6 +48,7 @@ class LlamaEngine:
         plan: MemoryPlan,
         settings: Settings,
         native: bridge.NativeThreads,
+        share: Share,
         store: PrefixStore,
     ) -> None:
         self._info = record.info
@@ -52,6 +57,7 @@ class LlamaEngine:
         self._plan = plan
         self._settings = settings
         self._native = native
+        self._share = share
         self._n_threads = options.num_thread or settings.num_thread or physical_cores()
         self._n_batch = options.num_batch or settings.num_batch
         wanted = settings.num_gpu if options.num_gpu is None else options.num_gpu
@@ -115,11 +121,10 @@ class LlamaEngine:
         self._store.check_integrity()
 
     def _open(self, n_ctx: int, n_slots: int) -> Lane:
-        shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads)
-        context = bridge.offload(Lane.open, self._model, shape, self._settings)
         may_draft = self._settings.speculation and Cuts.of(self._info) == Cuts()
-        shelf = self._shelf(shape)
-        return Lane(self._model, context, shape, self._settings, self._native, shelf, may_draft=may_draft)
+        shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft)
+        context = bridge.offload(Lane.open, self._model, shape, self._settings)
+        return Lane(self._model, context, shape, self._settings, self._native, self._share, self._shelf(shape))
 
     def _shelf(self, lane: LaneShape) -> Shelf | None:
         if not self._store.limit_bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rustllama import bridge
@@ -15,6 +16,7 @@ from rustllama.engine.prefix_store import Shelf
 from rustllama.engine.runner import Deltas, Runner
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
+from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
 from rustllama.settings import Settings
 
@@ -25,12 +27,13 @@ _log = logging.getLogger("rustllama.engine")
 
 @dataclass(frozen=True, slots=True)
 class LaneShape:
-    """How a context is made; `n_ctx` is the tokens of a slot."""
+    """How a context is made and used; `n_ctx` is the tokens of a slot."""
 
     n_ctx: int
     n_slots: int
     n_batch: int
     n_threads: int
+    may_draft: bool
 
 
 class Lane:
@@ -43,16 +46,18 @@ class Lane:
         shape: LaneShape,
         settings: Settings,
         native: bridge.NativeThreads,
+        share: Share,
         shelf: Shelf | None,
-        *,
-        may_draft: bool,
     ):
         self.shape = shape
         self.idle_since_s = time.monotonic()
         self._native = native
+        self._turns = share.turns
+        self._granted = bridge.Event()
+        self._claim = Claim(share, self._granted.set)
         self._context = context
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
-        self._runner = Runner(model, context, self._relay.post, lambda: not native.contended, may_draft=may_draft)
+        self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
         self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
         self._scheduler.decode_cost = DecodeCost(shape.n_slots)
         self._work = bridge.Event()
@@ -124,20 +129,46 @@ class Lane:
         self._work.set()
 
     def _loop(self) -> None:
-        while True:
-            self._work.clear()
-            self._runner.interrupted = False
-            batch = self._scheduler.plan(time.perf_counter_ns())
-            if batch is None and self._closing:
-                break
+        while self._work.is_set() or not self._closing:
             try:
-                if batch is None:
-                    self._rest()
+                if self._work.is_set():
+                    self._compute()
                 else:
-                    self._scheduler.apply(self._native.call(self._runner.run, batch))
+                    self._rest()
             except Exception as error:  # whatever it is, nobody may be left waiting
                 self._fail(error)
         self._stopped.set()
+
+    def _compute(self) -> None:
+        """Takes a turn: steps until others should have theirs, or nothing is to be done."""
+        with self._turn():
+            while self._step() and not self._turns.over(time.perf_counter_ns()):
+                pass
+
+    def _step(self) -> bool:
+        """Runs a batch; False when there is nothing to do."""
+        self._runner.interrupted = False
+        batch = self._scheduler.plan(time.perf_counter_ns())
+        if batch is None:
+            self._work.clear()
+            return False
+        self._scheduler.apply(self._native.call(self._runner.run, batch))
+        return True
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Waits for this lane's turn in the native thread; inside, nobody else computes."""
+        self._granted.clear()
+        self._turns.ask(self._claim, time.perf_counter_ns())
+        try:
+            self._granted.wait()
+            yield
+        finally:
+            self._turns.leave(self._claim, time.perf_counter_ns())
+
+    def _may_go_on(self) -> bool:
+        """Called in the native thread."""
+        return not self._native.contended and not self._turns.over(time.perf_counter_ns())
 
     def _rest(self) -> None:
         """Waits for work. If none comes for a while, decode calls are measured; who comes then waits for one."""
@@ -146,9 +177,10 @@ class Lane:
         while rows := cost.wanted:
             if spent_ms > _MEASURING_MS or self._work.wait(patience_s):
                 break
-            patience_s = 0.0 if self._native.idle else _PATIENCE_S
-            if self._native.idle:
-                ms = self._native.call(self._runner.measure, rows)
+            patience_s = 0.0 if self._turns.holder is None else _PATIENCE_S
+            if self._turns.holder is None:
+                with self._turn():
+                    ms = self._native.call(self._runner.measure, rows)
                 cost.measured(rows, ms)
                 spent_ms += ms
         self._work.wait()
