@@ -36,8 +36,10 @@ def record(path: Path) -> ModelRecord:
 
 
 def open_engine(path: Path, **settings: object) -> LlamaEngine:
-    """As exact as it gets: a KV cache of half precision makes more of the rounding of other batch shapes."""
-    made = Settings(flash_attention="off", kv_cache_type="f32", **settings)  # type: ignore[arg-type]
+    """As exact as it gets: a KV cache of half precision makes more of the rounding of other batch shapes. On one core:
+    two wait for each other at every operation, for ever so long where the machine is busy.
+    """
+    made = Settings(flash_attention="off", kv_cache_type="f32", num_thread=1, **settings)  # type: ignore[arg-type]
     return LlamaEngines(made)(record(path), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
 
 
