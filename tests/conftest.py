@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.toys import GEMMA3, LLAMA, MAMBA, write_toy
+from tests.toys import GEMMA3, JAMBA, LLAMA, MAMBA, write_toy
 
 READY_S = 60
-SHAPES = {"llama": LLAMA, "gemma3": GEMMA3, "mamba": MAMBA}
+SHAPES = {"llama": LLAMA, "gemma3": GEMMA3, "mamba": MAMBA, "jamba": JAMBA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """F32 toys by architecture: full attention, sliding window, recurrent."""
+    """F32 toys by architecture: full attention, sliding window, recurrent, hybrid."""
     folder = tmp_path_factory.mktemp("toys")
     return {name: write_toy(folder / f"{name}.gguf", shape) for name, shape in SHAPES.items()}

@@ -14,7 +14,7 @@ import pytest
 from rustllama import gguf
 from rustllama.core import ModelInfo
 from rustllama.errors import BadModelFile
-from tests.toys import CONTROL_TOKENS, GEMMA3, LLAMA, MAMBA, write_toy
+from tests.toys import CONTROL_TOKENS, GEMMA3, JAMBA, LLAMA, MAMBA, write_toy
 
 KEYS: dict[str, Any] = {
     "general.architecture": "llama",
@@ -99,6 +99,12 @@ def test_a_recurrent_model_has_a_state_and_no_kv_cache(tmp_path: Path) -> None:
     info = gguf.read(write_toy(tmp_path / "toy.gguf", MAMBA))
     assert info.head_count_kv == (0, 0, 0)
     assert info.recurrent_state_bytes == 3 * 4 * (3 * 128 + 16 * 128)  # blocks, float, convolution and state
+
+
+def test_a_hybrid_model_tells_by_its_heads_which_blocks_attend(tmp_path: Path) -> None:
+    info = gguf.read(write_toy(tmp_path / "toy.gguf", JAMBA))
+    assert info.head_count_kv == (0, 2, 0)
+    assert info.recurrent_state_bytes == 2 * 4 * (3 * 128 + 16 * 128)
 
 
 def test_a_hybrid_model_keeps_kv_only_where_it_attends(tmp_path: Path) -> None:

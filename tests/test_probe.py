@@ -12,7 +12,8 @@ import pytest
 
 from rustllama.errors import BadModelFile, InternalError, OutOfMemory, RustllamaError
 from rustllama.probe import prove
-from tests.toys import GEMMA3, LLAMA, MAMBA, ToyShape, write_toy
+from tests.conftest import SHAPES
+from tests.toys import ToyShape, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def failure(path: Path, python: str, timeout_s: float = 60) -> RustllamaError:
     return caught.value
 
 
-@pytest.mark.parametrize("shape", [LLAMA, GEMMA3, MAMBA], ids=lambda shape: shape.architecture)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_good_models_pass(tmp_path: Path, shape: ToyShape) -> None:
     prove(write_toy(tmp_path / "toy.gguf", shape), timeout_s=60)
 

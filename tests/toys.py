@@ -37,7 +37,7 @@ _CONSTANT = 4.0
 class ToyShape:
     """What to write; lengths in tokens or channels."""
 
-    architecture: str = "llama"  # "llama" (full attention), "gemma3" (sliding window) or "mamba" (recurrent)
+    architecture: str = "llama"  # or "gemma3" (sliding window), "mamba" (recurrent), "jamba" (recurrent, attends, ...)
     quantization: str = "F32"  # of the matrices: F32, F16, Q8_0, Q4_0 ...
     layers: int = 3
     width: int = 64
@@ -58,6 +58,7 @@ class ToyShape:
 LLAMA = ToyShape()
 GEMMA3 = ToyShape(architecture="gemma3", layers=6)
 MAMBA = ToyShape(architecture="mamba")
+JAMBA = ToyShape(architecture="jamba")
 SHAPES = {
     "135M": ToyShape("llama", "Q8_0", 30, 576, 9, 3, 1536, 49152, 8192, chat_template=CHATML),
     "1B": ToyShape("llama", "Q8_0", 16, 2048, 32, 8, 8192, 128256, 8192, chat_template=CHATML),
@@ -103,17 +104,19 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, shape: ToyShape) -> None:
     writer.add_embedding_length(shape.width)
     writer.add_block_count(shape.layers)
     writer.add_layer_norm_rms_eps(1e-5)
-    if shape.architecture == "mamba":
-        writer.add_feed_forward_length(0)
-        writer.add_head_count(0)
+    if shape.architecture in ("mamba", "jamba"):
         writer.add_ssm_conv_kernel(4)
         writer.add_ssm_inner_size(2 * shape.width)
         writer.add_ssm_state_size(16)
         writer.add_ssm_time_step_rank(shape.width // 16)
+    if shape.architecture == "mamba":
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
         return
     writer.add_feed_forward_length(shape.feed_forward)
     writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
+    by_block = [shape.kv_heads * _attends(shape, layer) for layer in range(shape.layers)]
+    writer.add_head_count_kv(by_block if shape.architecture == "jamba" else shape.kv_heads)
     writer.add_key_length(shape.width // shape.heads)
     writer.add_value_length(shape.width // shape.heads)
     writer.add_rope_freq_base(10000.0)
@@ -182,16 +185,24 @@ def _weights(shape: ToyShape) -> Iterator[_Matrix]:
 
     yield _Matrix("token_embd.weight", size, make=embedding)
     for layer in range(shape.layers):
-        block = _mamba_block(shape) if shape.architecture == "mamba" else _attention_block(shape)
-        for weight in block:
+        for weight in _block(shape, layer):
             yield replace(weight, name=f"blk.{layer}.{weight.name}")
     yield _Matrix("output_norm.weight", (width,), make=_ones(width))
     yield _Matrix("output.weight", size, make=head)
 
 
-def _attention_block(shape: ToyShape) -> Iterator[_Matrix]:
-    width, feed_forward = shape.width, shape.feed_forward
-    head = width // shape.heads
+def _attends(shape: ToyShape, layer: int) -> bool:
+    return shape.architecture != "mamba" and (shape.architecture != "jamba" or layer % 2 == 1)
+
+
+def _block(shape: ToyShape, layer: int) -> Iterator[_Matrix]:
+    yield from _attention(shape) if _attends(shape, layer) else _mamba(shape)
+    if shape.architecture != "mamba":
+        yield from _feed_forward(shape)
+
+
+def _attention(shape: ToyShape) -> Iterator[_Matrix]:
+    width, head = shape.width, shape.width // shape.heads
     yield _Matrix("attn_norm.weight", (width,), make=_ones(width))
     yield _Matrix("attn_q.weight", (width, width), 1.6 * width**-0.5)
     yield _Matrix("attn_k.weight", (shape.kv_heads * head, width), 1.6 * width**-0.5)
@@ -202,14 +213,19 @@ def _attention_block(shape: ToyShape) -> Iterator[_Matrix]:
         yield _Matrix("attn_k_norm.weight", (head,), make=_ones(head, 2.0))
         yield _Matrix("post_attention_norm.weight", (width,), make=_ones(width))
         yield _Matrix("post_ffw_norm.weight", (width,), make=_ones(width, 1.5))
+
+
+def _feed_forward(shape: ToyShape) -> Iterator[_Matrix]:
+    width, feed_forward = shape.width, shape.feed_forward
     yield _Matrix("ffn_norm.weight", (width,), make=_ones(width))
     yield _Matrix("ffn_gate.weight", (feed_forward, width), 2 * width**-0.5)
     yield _Matrix("ffn_up.weight", (feed_forward, width), width**-0.5)
     yield _Matrix("ffn_down.weight", (width, feed_forward), feed_forward**-0.5, silent_row=True)
 
 
-def _mamba_block(shape: ToyShape) -> Iterator[_Matrix]:
+def _mamba(shape: ToyShape) -> Iterator[_Matrix]:
     width, inner, states, rank = shape.width, 2 * shape.width, 16, shape.width // 16
+    loudness = 0.1 if shape.architecture == "jamba" else 0.02  # beside attention and feed-forward
     decay = -np.geomspace(0.002, 0.2, states, dtype=np.float32)
     yield _Matrix("attn_norm.weight", (width,), make=_ones(width))
     yield _Matrix("ssm_in.weight", (2 * inner, width), width**-0.5)
@@ -220,7 +236,11 @@ def _mamba_block(shape: ToyShape) -> Iterator[_Matrix]:
     yield _Matrix("ssm_dt.bias", (inner,), make=_ones(inner, 0.1))
     yield _Matrix("ssm_a", (inner, states), make=lambda _rng: np.tile(decay, (inner, 1)))
     yield _Matrix("ssm_d", (inner,), make=_ones(inner))
-    yield _Matrix("ssm_out.weight", (width, inner), 0.02 * inner**-0.5, silent_row=True)
+    yield _Matrix("ssm_out.weight", (width, inner), loudness * inner**-0.5, silent_row=True)
+    if shape.architecture == "jamba":
+        yield _Matrix("ssm_dt_norm.weight", (rank,), make=_ones(rank))
+        yield _Matrix("ssm_b_norm.weight", (states,), make=_ones(states))
+        yield _Matrix("ssm_c_norm.weight", (states,), make=_ones(states))
 
 
 def _ones(count: int, times: float = 1.0) -> Callable[[np.random.Generator], Array]:
