@@ -109,7 +109,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What `/api/ps` tells of a loaded model."""
+    """What `/api/ps` and `/metrics` tell of a loaded model."""
 
     context_length: int  # tokens of a usual slot
     slots: int
@@ -117,6 +117,8 @@ class EngineState:
     queued: int
     size_bytes: int  # weights, KV cache and buffers
     size_vram_bytes: int
+    cells: int = 0  # tokens that the KV caches of all slots hold
+    cells_used: int = 0
 
 
 class Engine(Protocol):

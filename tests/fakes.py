@@ -29,6 +29,8 @@ from rustllama.core import (
     Usage,
 )
 from rustllama.engine.manager import EngineManager
+from rustllama.engine.prefix_store import StoreState
+from rustllama.engine.tally import Tally
 from rustllama.errors import Cancelled, RustllamaError
 from rustllama.registry import Registry
 from rustllama.settings import Settings
@@ -145,9 +147,13 @@ class FakeEngines:
     made: list[FakeEngine] = field(default_factory=list)
     options: list[LoadOptions] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
+
+    def stores(self) -> tuple[StoreState, ...]:
+        return ()
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
         if self.script.load_error is not None:

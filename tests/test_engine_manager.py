@@ -20,6 +20,8 @@ from rustllama.core import (
     Stream,
 )
 from rustllama.engine.manager import EngineManager
+from rustllama.engine.prefix_store import StoreState
+from rustllama.engine.tally import Tally, Unloaded
 from rustllama.errors import BadModelFile, Draining, InternalError, OutOfMemory, RustllamaError
 from rustllama.settings import FOREVER, Settings
 
@@ -68,9 +70,13 @@ class Factory:
     made: list[FakeEngine] = field(default_factory=list)
     before: Callable[[], None] = lambda: None
     forgotten: list[str] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
+
+    def stores(self) -> tuple[StoreState, ...]:
+        return ()
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
         self.before()
@@ -203,6 +209,36 @@ def test_a_client_that_leaves_during_the_load_leaves_a_model_that_expires() -> N
     with gevent.Timeout(5):
         while not factory.made or not factory.made[0].closed:
             gevent.sleep(0.005)
+
+
+def test_loads_and_why_models_left_are_counted() -> None:
+    made = manager(factory := Factory())
+    for name in ("a", "b", "c"):
+        made.acquire(record(name)).release()  # the third one needs the place of the first
+    made.unload(record("b"))
+    made.acquire(record("c"), keep_alive_s=0.01).release()
+    with gevent.Timeout(5):
+        while not factory.made[2].closed:
+            gevent.sleep(0.005)
+    tallies = factory.tally.models
+    assert {name: tally.unloads for name, tally in tallies.items()} == {
+        "a": {Unloaded.EVICTED: 1},
+        "b": {Unloaded.ASKED: 1},
+        "c": {Unloaded.IDLE: 1},
+    }
+    assert [sum(tally.loads.counts) for tally in tallies.values()] == [1, 1, 1]
+
+
+def test_a_load_that_nobody_waits_for_any_more_has_not_failed() -> None:
+    made = manager(factory := Factory(before=lambda: gevent.sleep(0.02)))
+    first = gevent.spawn(made.acquire, record("a"))
+    leaving = gevent.spawn(made.acquire, record("b"))
+    gevent.sleep(0.005)
+    leaving.kill()
+    first.get()
+    gevent.sleep(0)
+    assert [engine.record.name for engine in factory.made] == ["a"]
+    assert not any(tally.failed_loads for tally in factory.tally.models.values())
 
 
 def test_num_ctx_belongs_to_the_request() -> None:

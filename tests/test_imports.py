@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("gguf", "templates", "registry", "probe"), "leaves"),
     **dict.fromkeys(("engine", "engine.sampling", "engine.sequence", "engine.detokenizer"), "pure engine"),
     **dict.fromkeys(("engine.scheduler", "engine.turns", "engine.memory", "engine.machine"), "pure engine"),
-    **dict.fromkeys(("engine.prefix_store", "engine.recall"), "pure engine"),
+    **dict.fromkeys(("engine.prefix_store", "engine.recall", "engine.tally"), "pure engine"),
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     "engine.native": "native",
     "api": "api",
@@ -41,6 +41,7 @@ DOORS = {
     "llama_cpp": {"engine.native"},
     "gevent": {"bridge", "serve", "worker", "gunicorn_conf"},
     "peewee": {"registry"},
+    "prometheus_client": {"api.metrics"},
 }
 HEAVY = {"flask", "gevent", "peewee", "llama_cpp"}
 

@@ -10,8 +10,9 @@ from rustllama.engine import memory
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import Model, gpu_layers
-from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, Tokens, as_tokens
+from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, StoreState, Tokens, as_tokens
 from rustllama.engine.recall import Recall
+from rustllama.engine.tally import ModelTally, Tally
 from rustllama.engine.turns import Share, Turns
 from rustllama.errors import OutOfMemory, RustllamaError
 from rustllama.settings import Settings
@@ -25,6 +26,7 @@ class LlamaEngines:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.tally = Tally()
         self._settings = settings
         self._native = bridge.NativeThreads(1)
         self._turns = Turns()
@@ -32,7 +34,12 @@ class LlamaEngines:
 
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> LlamaEngine:
         """Loads the model. Raises BadModelFile or OutOfMemory."""
-        return LlamaEngine(record, options, plan, self._settings, self._native, Share(self._turns), self._store)
+        tally = self.tally.models[record.name]
+        share = Share(self._turns)
+        return LlamaEngine(record, options, plan, self._settings, self._native, share, self._store, tally)
+
+    def stores(self) -> tuple[StoreState, ...]:
+        return (self._store.state(),)
 
     def forget(self, digest: str) -> None:
         self._store.forget(digest)
@@ -50,10 +57,12 @@ class LlamaEngine:
         native: bridge.NativeThreads,
         share: Share,
         store: PrefixStore,
+        tally: ModelTally,
     ) -> None:
         self._info = record.info
         self._digest = record.digest
         self._store = store
+        self._tally = tally
         self._plan = plan
         self._settings = settings
         self._native = native
@@ -90,7 +99,7 @@ class LlamaEngine:
     def submit(self, request: GenerateRequest) -> LaneStream:
         lane = self._lane_for(request.num_ctx)
         assert lane is not None, "a request is larger than every slot: reserve() comes first"
-        return lane.submit(request)
+        return lane.submit(request, self._tally)
 
     def state(self) -> EngineState:
         large = [memory.large_lane_bytes(self._info, self._settings, lane.shape.n_ctx) for lane in self._lanes[1:]]
@@ -98,11 +107,13 @@ class LlamaEngine:
         layers = self._info.block_count + 1
         return EngineState(
             context_length=self._plan.n_ctx,
-            slots=self._plan.n_slots,
+            slots=sum(lane.shape.n_slots for lane in self._lanes),
             running=sum(lane.running for lane in self._lanes),
             queued=sum(lane.queued for lane in self._lanes),
             size_bytes=size,
             size_vram_bytes=size * min(self._num_gpu, layers) // layers,
+            cells=sum(lane.shape.n_ctx * lane.shape.n_slots for lane in self._lanes),
+            cells_used=sum(lane.cells_used for lane in self._lanes),
         )
 
     def end_all(self, reason: RustllamaError) -> None:

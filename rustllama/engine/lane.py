@@ -16,6 +16,7 @@ from rustllama.engine.prefix_store import Shelf
 from rustllama.engine.runner import Deltas, Runner
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
+from rustllama.engine.tally import ModelTally
 from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
 from rustllama.settings import Settings
@@ -87,14 +88,18 @@ class Lane:
         return len(self._scheduler.queue)
 
     @property
+    def cells_used(self) -> int:
+        return sum(sequence.computed for sequence in self._scheduler.slots if sequence is not None)
+
+    @property
     def ended(self) -> list[Sequence]:
         """Sequences that are over, and whose state is still to be saved and cleared."""
         return self._scheduler.ended
 
-    def submit(self, request: GenerateRequest) -> LaneStream:
+    def submit(self, request: GenerateRequest, tally: ModelTally) -> LaneStream:
         """Raises Busy."""
         mailbox: bridge.Mailbox[Delta] = bridge.Mailbox()
-        sequence = Sequence(request, mailbox, time.perf_counter_ns())
+        sequence = Sequence(request, mailbox, time.perf_counter_ns(), tally=tally)
         self._scheduler.add(sequence)
         self._wake()
         return LaneStream(self, sequence, mailbox)

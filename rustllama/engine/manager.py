@@ -15,6 +15,8 @@ from rustllama import bridge
 from rustllama.core import Engine, EngineState, FileIdentity, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
 from rustllama.engine import memory
 from rustllama.engine.machine import free_memory_bytes
+from rustllama.engine.prefix_store import StoreState
+from rustllama.engine.tally import ModelTally, Tally, Unloaded
 from rustllama.errors import Cancelled, Draining, InternalError, RustllamaError
 from rustllama.settings import Settings
 
@@ -25,11 +27,16 @@ _log = logging.getLogger("rustllama.manager")
 class EngineFactory(Protocol):
     """Makes engines, and keeps what outlives them."""
 
+    tally: Tally
+
     def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, /) -> Engine:
         """Loads the model. Raises BadModelFile or OutOfMemory."""
 
     def forget(self, digest: str) -> None:
         """Drops the computed prompts of a model."""
+
+    def stores(self) -> tuple[StoreState, ...]:
+        """Where computed prompts are kept."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +78,7 @@ class Lease:
     ) -> None:
         assert entry.engine is not None
         self.engine: Engine = entry.engine
+        self.loaded_as = entry.record.name  # a file may have more names
         self.load_ns = load_ns
         self.num_ctx = num_ctx
         self.warnings = warnings
@@ -189,16 +197,27 @@ class EngineManager:
                     raise Cancelled
                 entry.plan = self._make_room(entry.record.info)
                 _log.info("loading %s: %s", entry.record.name, entry.plan)
-                entry.engine = self._factory(entry.record, entry.options, entry.plan)
+                entry.engine = self._make(entry, entry.plan)
         except RustllamaError as error:
             entry.error = error
         finally:
             if entry.engine is None:
                 entry.error = entry.error or InternalError("the model could not be loaded; the server's log says why.")
+                if not isinstance(entry.error, Cancelled):
+                    self._tally(entry).failed_loads += 1
                 self._forget(entry)
             entry.ready.set()
             if not entry.references:
                 self._retire_when_idle(entry)  # all who waited have left
+
+    def _make(self, entry: _Entry, plan: MemoryPlan) -> Engine:
+        started_ns = time.perf_counter_ns()
+        engine = self._factory(entry.record, entry.options, plan)
+        self._tally(entry).loads.observe(time.perf_counter_ns() - started_ns)
+        return engine
+
+    def _tally(self, entry: _Entry) -> ModelTally:
+        return self._factory.tally.models[entry.record.name]
 
     def _make_room(self, info: ModelInfo) -> MemoryPlan:
         """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
@@ -223,7 +242,7 @@ class EngineManager:
     def _evict(self) -> bool:
         idle = [entry for entry in self._entries.values() if entry.idle]
         if idle:
-            self._retire(min(idle, key=lambda entry: entry.used_at_s))
+            self._retire(min(idle, key=lambda entry: entry.used_at_s), Unloaded.EVICTED)
         return bool(idle)
 
     def _context(self, entry: _Entry, num_ctx: int | None) -> tuple[int, tuple[str, ...]]:
@@ -260,21 +279,22 @@ class EngineManager:
         if not entry.idle:
             return
         if entry.keep_alive_s <= 0:
-            self._retire(entry)
+            self._retire(entry, Unloaded.ASKED)
         elif entry.expires_at is not None:
             entry.timer = bridge.Timer(entry.keep_alive_s, lambda: self._expire(entry))
 
     def _expire(self, entry: _Entry) -> None:
         if entry.idle:
-            self._retire(entry)
+            self._retire(entry, Unloaded.IDLE)
 
-    def _retire(self, entry: _Entry) -> None:
+    def _retire(self, entry: _Entry, why: Unloaded) -> None:
         """Frees an idle model. It is forgotten first, so that nobody takes it meanwhile."""
         engine, entry.engine = entry.engine, None
         assert engine is not None
         if entry.timer is not None:
             entry.timer.close()
         self._forget(entry)
+        self._tally(entry).unloads[why] += 1
         bridge.shielded(engine.close)
         if entry.forget:
             self._factory.forget(entry.record.digest)

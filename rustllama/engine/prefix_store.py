@@ -93,12 +93,25 @@ class Match:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """What `/metrics` tells of a store."""
+
+    place: str
+    limit_bytes: int
+    used_bytes: int
+    states: int
+    tokens: int
+    evicted: int  # states that left for others, since the start
+
+
 @dataclass(slots=True)
 class PrefixStore:
     """All saved states of all models; the ones used longest ago leave when they take more than `limit_bytes`."""
 
     limit_bytes: int
     used_bytes: int = 0
+    evicted: int = 0
     _saved: OrderedDict[int, Saved] = field(default_factory=OrderedDict)  # by identity, used last at the end
 
     def __iter__(self) -> Iterator[Saved]:
@@ -125,11 +138,16 @@ class PrefixStore:
         self.used_bytes += len(saved.state)
         while self.used_bytes > self.limit_bytes:
             self._drop(next(iter(self._saved.values())))
+            self.evicted += 1
 
     def forget(self, digest: str) -> None:
         """Drops what was saved of this model."""
         for saved in [saved for saved in self._saved.values() if saved.shape.digest == digest]:
             self._drop(saved)
+
+    def state(self) -> StoreState:
+        tokens = sum(saved.held for saved in self)
+        return StoreState("memory", self.limit_bytes, self.used_bytes, len(self._saved), tokens, self.evicted)
 
     def check_integrity(self) -> None:
         """Every stored byte is accounted for."""

@@ -15,6 +15,7 @@ from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
 from rustllama.engine.scheduler import Batch, Call, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap, Timing
 from rustllama.engine.sequence import Phase, Sequence
+from rustllama.engine.tally import Source
 from rustllama.errors import InternalError
 
 _log = logging.getLogger("rustllama.engine")
@@ -181,6 +182,7 @@ class Runner:
         timing = Timing(len(tokens), sum(positions) / len(tokens), time.perf_counter_ns() - started_ns)
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
+            chunk.sequence.tally.prompt_tokens[Source.COMPUTED] += chunk.count
         self._emit([(sequence, self._first_token(sequence, row)) for sequence, row in finished])
         return timing
 

@@ -23,6 +23,7 @@ from rustllama.engine.prefix_store import (
     whole_chunks,
 )
 from rustllama.engine.sequence import Phase, Sequence
+from rustllama.engine.tally import Source
 from rustllama.errors import Busy, Cancelled, RustllamaError
 
 _NS_PER_MS = 1_000_000
@@ -282,6 +283,7 @@ class Scheduler:
             if holder is None and self.queue:
                 self.slots[slot] = sequence = self.queue.popleft()
                 sequence.phase, sequence.admitted_ns = Phase.PREFILL, now_ns
+                sequence.tally.queue.observe(now_ns - sequence.arrived_ns)
                 sequence.order = self._admitted = self._admitted + 1
 
     def _share(self) -> Iterator[Copy | Restore]:
@@ -303,10 +305,12 @@ class Scheduler:
                 self._followers[sequence] = wait
             elif wait is not None:
                 sequence.computed = sequence.cached = wait.count
+                sequence.source = Source.AWAITED if sequence in before else Source.RUNNING
                 keep = self.shelf.cuts != Cuts() and wait.leader.computed == wait.count
                 yield Copy(self.slots.index(wait.leader), slot, wait.leader, sequence, wait.count, keep)
             elif match is not None:
                 sequence.computed = sequence.cached = match.count
+                sequence.source = Source.STORE
                 yield Restore(slot, sequence, match)
 
     def _best_leader(self, sequence: Sequence, cuts: Cuts, at_least: int) -> _Wait | None:

@@ -10,6 +10,7 @@ from rustllama.core import Delta, FinishReason, GenerateRequest, Usage
 from rustllama.engine.detokenizer import Detokenizer
 from rustllama.engine.drafts import Drafter
 from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
+from rustllama.engine.tally import ModelTally, Source
 
 
 class Phase(enum.Enum):
@@ -37,6 +38,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     computed: int = 0  # how many of the tokens llama.cpp's memory holds
     cached: int = 0  # how many of them came from what was computed before
+    source: Source = Source.COMPUTED  # of those that came so
     drafted: int = 0  # tokens of the answer that were drafts first
     order: int = 0  # of admission
     admitted_ns: int = 0
@@ -45,6 +47,7 @@ class Sequence:
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
     drafter: Drafter | None = None  # where its state can be cut behind what did not come true
     prompt: Tokens = field(default_factory=lambda: as_tokens(()))
+    tally: ModelTally = field(default_factory=ModelTally)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -83,8 +86,7 @@ class Sequence:
 
     def accept(self, token: int, piece: bytes | None, now_ns: int) -> Delta:
         """Takes a sampled token; `piece` None is the end of the generation. Returns what the client may see now."""
-        if not self.first_token_ns:
-            self.first_token_ns = now_ns
+        self._count(now_ns)
         self.last_token_ns = now_ns
         self.tokens.append(token)
         if self.drafter is not None:
@@ -95,6 +97,15 @@ class Sequence:
             return Delta(text)
         self.phase = Phase.ENDED
         return Delta(text + self.detokenizer.flush(), finish, self.usage())
+
+    def _count(self, now_ns: int) -> None:
+        self.tally.answer_tokens += 1
+        if self.first_token_ns:
+            self.tally.gaps.observe(now_ns - self.last_token_ns)
+            return
+        self.first_token_ns = now_ns
+        self.tally.prompts[self.source if self.cached else Source.COMPUTED] += 1
+        self.tally.prompt_tokens[self.source] += self.cached
 
     def _finish(self, ended: bool) -> FinishReason | None:
         if ended or self.detokenizer.stopped:
