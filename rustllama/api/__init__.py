@@ -10,6 +10,7 @@ from rustllama.api.answers import Answers
 from rustllama.api.catalog import Catalog
 from rustllama.api.guard import Guard
 from rustllama.api.home import Home
+from rustllama.api.metrics import Metrics
 from rustllama.api.models import Models
 from rustllama.api.ollama import Ollama
 from rustllama.api.openai import OpenAI
@@ -31,13 +32,14 @@ def create_app(
         engine_factory = LlamaEngines(settings)
     manager = EngineManager(settings, engine_factory)
     catalog = Catalog(settings, registry or Registry(settings.database_path), manager)
-    answers = Answers(catalog, manager, reproducible=settings.reproducible)
+    answers = Answers(catalog, manager, engine_factory.tally, reproducible=settings.reproducible)
     app = Flask("rustllama", static_folder=None)
     app.extensions["rustllama"] = manager
     app.url_map.merge_slashes = False  # a redirect would be HTML
-    app.wsgi_app = AccessLog(app.wsgi_app)  # type: ignore[method-assign]
+    app.wsgi_app = AccessLog(app.wsgi_app, engine_factory.tally)  # type: ignore[method-assign]
     failures.install(app)
     Guard(settings, manager).install(app)
-    for endpoints in (Home(manager), Models(catalog, manager), Ollama(answers), OpenAI(answers)):
+    metrics = Metrics(manager, engine_factory)
+    for endpoints in (Home(manager), Models(catalog, manager), Ollama(answers), OpenAI(answers), metrics):
         endpoints.register(app)
     return app

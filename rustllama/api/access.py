@@ -1,4 +1,4 @@
-"""The outermost layer: each request's id, and the one line that the log gets when its response has ended."""
+"""The outermost layer: each request's id, and what is counted and logged when its response has ended."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from urllib.parse import quote
 from werkzeug.wsgi import ClosingIterator
 
 from rustllama.core import Usage
+from rustllama.engine.tally import Ended, Tally
+from rustllama.errors import RustllamaError
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -26,13 +28,14 @@ _LOG = logging.getLogger("rustllama.access")
 
 @dataclass(slots=True)
 class Call:
-    """A request on its way; handlers note here what the log line tells."""
+    """A request on its way; handlers note here what the log line and the counts tell."""
 
     id: str
     method: str
     path: str
     started_ns: int = field(default_factory=time.monotonic_ns)
     status: int = 0
+    outcome: str = "ok"  # see `tally.Ended`
     model: str = ""
     usage: Usage | None = None
     first_token_ns: int = 0  # after the start
@@ -40,6 +43,9 @@ class Call:
     @property
     def elapsed_ns(self) -> int:
         return time.monotonic_ns() - self.started_ns
+
+    def failed(self, error: RustllamaError | type[RustllamaError]) -> None:
+        self.status, self.outcome = error.status, error.code
 
     def line(self) -> str:
         """Never holds a prompt or an answer."""
@@ -69,8 +75,9 @@ def call_of(environ: WSGIEnvironment) -> Call:
 class AccessLog:
     """WSGI middleware around the whole application."""
 
-    def __init__(self, app: WSGIApplication) -> None:
+    def __init__(self, app: WSGIApplication, tally: Tally) -> None:
         self._app = app
+        self._tally = tally
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         call = Call(_id(environ), environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""))
@@ -82,7 +89,11 @@ class AccessLog:
             call.status = int(status[:3])
             return start_response(status, [*headers, ("X-Request-Id", call.id)], exc_info)
 
-        return ClosingIterator(self._app(environ, start), lambda: _LOG.info(call.line()))
+        return ClosingIterator(self._app(environ, start), lambda: self._ended(call))
+
+    def _ended(self, call: Call) -> None:
+        self._tally.requests[Ended(call.model, call.status, call.outcome)] += 1
+        _LOG.info(call.line())
 
 
 def _id(environ: WSGIEnvironment) -> str:

@@ -18,6 +18,7 @@ from rustllama.api.prompts import Prompt, Prompts
 from rustllama.bridge import watch_client
 from rustllama.core import Delta, GenerateRequest, ModelRecord, Stream
 from rustllama.engine.manager import EngineManager, Lease
+from rustllama.engine.tally import Tally
 from rustllama.errors import Cancelled, RustllamaError, Unsupported
 
 if TYPE_CHECKING:
@@ -52,19 +53,19 @@ class Answer:
         try:
             for delta in self._deltas:
                 if delta.finish is not None:
-                    self.call.usage = delta.usage
+                    self.call.usage, self.call.outcome = delta.usage, delta.finish.value
                     self._over = True
                     self.close()  # before the last piece goes out: a client that has it may leave at once
                 yield delta
         except RustllamaError as error:
             self._over = True
-            self.call.status = error.status
+            self.call.failed(error)
             raise
 
     def close(self) -> None:
         if not self._over:
             self._over = True
-            self.call.status = Cancelled.status
+            self.call.failed(Cancelled)
         self._held.close()
 
 
@@ -80,10 +81,11 @@ class Loaded:
 class Answers:
     """Starts the work that a Job asks for."""
 
-    def __init__(self, catalog: Catalog, manager: EngineManager, *, reproducible: bool) -> None:
+    def __init__(self, catalog: Catalog, manager: EngineManager, tally: Tally, *, reproducible: bool) -> None:
         """`reproducible` where a request does not say."""
         self._catalog = catalog
         self._manager = manager
+        self._tally = tally
         self._reproducible = reproducible
         self._prompts = Prompts()
 
@@ -101,15 +103,20 @@ class Answers:
             held.callback(stream.cancel)
             answer = Answer(job, call, lease, prompt, stream)
             answer.hold(held, watch)
+        self._tally.models[lease.loaded_as].first_token.observe(call.first_token_ns)
         return answer
 
     def load(self, job: Job, environ: WSGIEnvironment) -> Loaded:
         """Loads the model, or unloads it where `keep_alive` is 0."""
+        call = call_of(environ)
         if job.keep_alive_s == 0:
-            self._manager.unload(self._catalog.get(job.model), forget=job.forget)
+            record = self._catalog.get(job.model)
+            call.model, call.outcome = record.name, "unload"
+            self._manager.unload(record, forget=job.forget)
             return Loaded("unload")
         with watch_client(environ):
-            lease, _ = self._acquire(job, call_of(environ))
+            lease, _ = self._acquire(job, call)
+            call.outcome = "load"
             with lease:
                 return Loaded("load", lease.load_ns, job.warnings + lease.warnings)
 

@@ -48,8 +48,10 @@ def install(app: Flask) -> None:
 
 
 def _answer(error: RustllamaError) -> Response:
+    call = call_of(request.environ)
+    call.failed(error)
     response = Response(
-        encode_failure(error, call_of(request.environ), _shape_for(request.path)) + b"\n",
+        encode_failure(error, call, _shape_for(request.path)) + b"\n",
         status=error.status,
         content_type="application/json",
     )
