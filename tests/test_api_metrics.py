@@ -188,7 +188,7 @@ def test_metrics_are_read_only(house: House) -> None:
 def test_a_real_engine_tells_what_it_did(tmp_path: Path, toys: dict[str, Path]) -> None:
     registry = Registry(tmp_path / "rustllama.db", bundled=tmp_path / "none.gguf")
     registry.put(examine("toy", toys["llama"]))
-    app = create_app(Settings(home=tmp_path, num_ctx=512, slots=2), registry=registry)
+    app = create_app(Settings(home=tmp_path, num_ctx=512, slots=2, speculation=False), registry=registry)
     body = {"model": "toy", "messages": turns("let us see " * 9), "options": {"num_predict": 5, "temperature": 0}}
     answers = [ok(ended(app.test_client().post("/api/chat", json=body))) for _ in range(3)]
     found = Scrape(app.test_client().get("/metrics").text)

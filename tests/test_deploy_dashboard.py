@@ -65,7 +65,7 @@ def test_the_dashboard_asks_for_every_family(scrape: Scrape) -> None:
 
 def test_the_dashboard_selects_by_labels_that_there_are(scrape: Scrape) -> None:
     asked = {selector for expression in expressions() for selector in selectors(expression)}
-    assert {label for _, label in asked} == {"model", "source", "outcome", "status"}
+    assert {label for _, label in asked} == {"model", "source", "outcome", "status", "result"}
     assert [(name, label) for name, label in asked if label not in scrape.named(name)[0].labels] == []
 
 

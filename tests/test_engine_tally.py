@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rustllama.core import LoadOptions, MemoryPlan
+from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.prefix_store import Cuts, PrefixStore
 from rustllama.engine.tally import Histogram, ModelTally, Source
@@ -15,11 +16,12 @@ from rustllama.settings import Settings
 from tests.test_engine_lane import N_CTX, SLOTS, _checked, ask, open_engine, record, until_idle
 from tests.test_engine_reuse import finish, request, said, saved
 from tests.test_engine_scheduler import MS, scheduler, sequence, step
+from tests.toys import ToyShape, write_toy
 
 
 @pytest.fixture
 def engine(toys: dict[str, Path]) -> Iterator[LlamaEngine]:
-    yield from _checked(open_engine(toys["llama"]))
+    yield from _checked(open_engine(toys["llama"], speculation=False))
 
 
 def reused(tally: ModelTally) -> dict[Source, tuple[int, int]]:
@@ -39,6 +41,18 @@ def test_an_answer_counts_its_tokens_and_the_gaps_between_them(engine: LlamaEngi
     assert engine._tally.answer_tokens == 7
     assert sum(engine._tally.gaps.counts) == 6
     assert engine._tally.gaps.sum_ns > 0
+
+
+def test_drafts_count_by_whether_they_came_true(tmp_path: Path) -> None:
+    write_toy(tmp_path / "toy.gguf", ToyShape(layers=1))  # it says much again, and then something else
+    for engine in _checked(open_engine(tmp_path / "toy.gguf")):
+        engine._lanes[0]._scheduler.decode_cost = DecodeCost(SLOTS, [0, *[1.0] * 16])  # where rows cost nothing
+        stream = engine.submit(ask(1, max_tokens=300, length=20))
+        list(stream)
+        assert 0 < engine._tally.drafts_accepted == stream._sequence.drafted
+        assert engine._tally.drafts_rejected > 0
+        assert engine._tally.answer_tokens == 300
+        assert sum(engine._tally.gaps.counts) == 299 - engine._tally.drafts_accepted
 
 
 def test_a_prompt_counts_as_it_is_computed_whole_or_not(engine: LlamaEngine) -> None:

@@ -48,6 +48,12 @@ _TOTALS: tuple[tuple[str, str, tuple[str, ...], Callable[[ModelTally], Numbers]]
         lambda tally: {(source.value,): tally.prompt_tokens[source] for source in Source},
     ),
     ("answer_tokens", "Tokens generated.", (), lambda tally: {(): tally.answer_tokens}),
+    (
+        "draft_tokens",
+        "Tokens drafted from what was said before; accepted ones are among the tokens generated.",
+        ("result",),
+        lambda tally: {("accepted",): tally.drafts_accepted, ("rejected",): tally.drafts_rejected},
+    ),
     ("model_load_failures", "Loads that failed.", (), lambda tally: {(): tally.failed_loads}),
     (
         "model_unloads",
@@ -58,8 +64,8 @@ _TOTALS: tuple[tuple[str, str, tuple[str, ...], Callable[[ModelTally], Numbers]]
 )
 _DURATIONS: tuple[tuple[str, str, Callable[[ModelTally], Histogram]], ...] = (
     ("queue_seconds", "From a request's arrival at the loaded model to its slot.", lambda tally: tally.queue),
-    ("first_token_seconds", "From a request's arrival to its first token.", lambda tally: tally.first_token),
-    ("token_gap_seconds", "Between two tokens of an answer.", lambda tally: tally.gaps),
+    ("first_token_seconds", "From a request's start to its first token, loading too.", lambda tally: tally.first_token),
+    ("token_gap_seconds", "Between tokens of an answer, but for drafts that came true.", lambda tally: tally.gaps),
     ("model_load_seconds", "Loading of a model.", lambda tally: tally.loads),
 )
 _STORES: tuple[tuple[str, str, Callable[[StoreState], int]], ...] = (

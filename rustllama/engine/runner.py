@@ -154,6 +154,8 @@ class Runner:
             if sequence.over or draft[count : count + 1] != sequence.tokens[-1:]:
                 break
         sequence.drafted += count
+        sequence.tally.drafts_accepted += count
+        sequence.tally.drafts_rejected += len(draft) - count
         if count < len(draft):
             self._context.cut(call.slot + place, sequence.computed)
 

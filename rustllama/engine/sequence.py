@@ -100,12 +100,12 @@ class Sequence:
 
     def _count(self, now_ns: int) -> None:
         self.tally.answer_tokens += 1
-        if self.first_token_ns:
+        if not self.first_token_ns:
+            self.first_token_ns = now_ns
+            self.tally.prompts[self.source if self.cached else Source.COMPUTED] += 1
+            self.tally.prompt_tokens[self.source] += self.cached
+        elif now_ns != self.last_token_ns:  # a draft that came true comes with the token before it
             self.tally.gaps.observe(now_ns - self.last_token_ns)
-            return
-        self.first_token_ns = now_ns
-        self.tally.prompts[self.source if self.cached else Source.COMPUTED] += 1
-        self.tally.prompt_tokens[self.source] += self.cached
 
     def _finish(self, ended: bool) -> FinishReason | None:
         if ended or self.detokenizer.stopped:

@@ -69,10 +69,12 @@ class ModelTally:
     unloads: Counter[Unloaded] = field(default_factory=Counter)
     queue: Histogram = field(default_factory=_waits)  # from arrival at the engine to a slot
     first_token: Histogram = field(default_factory=_waits)  # from the request's head, loading and queue included
-    gaps: Histogram = field(default_factory=_gaps)  # between two tokens of a sequence; native thread
+    gaps: Histogram = field(default_factory=_gaps)  # between the tokens of a sequence's steps; native thread
     prompts: Counter[Source] = field(default_factory=Counter)  # whose first token was sampled; native thread
     prompt_tokens: Counter[Source] = field(default_factory=Counter)  # native thread
     answer_tokens: int = 0  # native thread
+    drafts_accepted: int = 0  # tokens; native thread
+    drafts_rejected: int = 0
 
 
 class Ended(NamedTuple):
