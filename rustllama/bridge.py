@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from queue import Empty
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import gevent
@@ -29,6 +30,7 @@ T = TypeVar("T")
 # llama.cpp's tokenizers recurse once per character of a run; 8 MiB is not enough, and unused stack costs nothing.
 NATIVE_STACK_BYTES = 512 * 1024**2
 FILE_THREADS = 8
+SAMPLE_S = 0.1
 
 
 class _Outcome(Generic[T]):
@@ -147,6 +149,30 @@ class Mailbox(Generic[T]):
         if isinstance(item, Exception):
             raise item
         return item
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is something to get, within that time."""
+        try:
+            self._queue.peek(timeout=timeout_s)
+        except Empty:
+            return False
+        return True
+
+
+def sampled(over: Callable[[float], object], look: Callable[[], T | None]) -> Iterator[T]:
+    """What `look` sees, every SAMPLE_S until `over`, which waits so long for it, and once more then.
+
+    Only what has changed is told; None is nothing.
+    """
+    last = None
+    while True:
+        is_over = over(SAMPLE_S)
+        seen = look()
+        if seen is not None and seen != last:
+            last = seen
+            yield seen
+        if is_over:
+            return
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Span:
 class FinishReason(enum.Enum):
     STOP = "stop"  # the model ended its answer, or a stop string was met
     LENGTH = "length"  # the token limit or the context was reached
+    LOAD = "load"  # nothing was asked for but that the model is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +79,46 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer. The last one of a stream, and only it, has `finish` and `usage`."""
+    """A piece of an answer. The last of a stream, and only it, has `finish`, and `usage` if anything was computed."""
 
     text: str
     finish: FinishReason | None = None
     usage: Usage | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The model is on its way into memory."""
+
+    completed_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """All slots are taken."""
+
+    position: int  # 1 gets the next slot
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The prompt is being computed."""
+
+    completed: int  # tokens, those that were cached among them
+    total: int
+    cached: int
+
+
+Progress = Loading | Queued | Reading
+"""What a request waits for until its first Delta."""
+
+
 class Stream(Protocol):
     """The answer to one request: Deltas, the last with `finish`; or a RustllamaError instead of the rest."""
+
+    def progress(self) -> Iterator[Progress]:
+        """Comes to its end when the first Delta, or the error, is there; for those who want it, before iterating."""
 
     def __iter__(self) -> Iterator[Delta]: ...
 

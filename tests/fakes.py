@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rustllama.core import (
     MemoryPlan,
     ModelInfo,
     ModelRecord,
+    Progress,
     Span,
     Usage,
 )
@@ -49,6 +50,8 @@ class Script:
     error: RustllamaError | None = None
     refusal: RustllamaError | None = None  # of submit
     load_error: RustllamaError | None = None
+    load_waits: Event | None = None  # in the middle of a load
+    progress: tuple[Progress, ...] = ()  # what a stream tells before its first piece
     go: Event = field(default_factory=Event)
 
 
@@ -60,6 +63,12 @@ class FakeStream:
         self._request = request
         self.cancelled = 0
         self.over = False
+
+    def progress(self) -> Iterator[Progress]:
+        for progress in self._script.progress:
+            if self.cancelled:
+                raise Cancelled
+            yield progress
 
     def __iter__(self) -> Iterator[Delta]:
         most = self._request.max_tokens
@@ -155,7 +164,12 @@ class FakeEngines:
     def stores(self) -> tuple[StoreState, ...]:
         return ()
 
-    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
+    def __call__(
+        self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None]
+    ) -> FakeEngine:
+        if self.script.load_waits is not None:
+            tell(0.5)
+            self.script.load_waits.wait()
         if self.script.load_error is not None:
             raise self.script.load_error
         self.options.append(options)

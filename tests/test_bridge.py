@@ -96,6 +96,21 @@ def test_a_mailbox_raises_what_it_was_given() -> None:
         box.get()
 
 
+def test_a_mailbox_tells_whether_something_is_there_and_keeps_it() -> None:
+    box: bridge.Mailbox[int] = bridge.Mailbox()
+    assert not box.wait(0.001)
+    waiting = gevent.spawn(box.wait, 60)
+    gevent.sleep(0)
+    box.put(1)
+    assert waiting.get()
+    assert box.get() == 1
+
+
+def test_what_is_sampled_is_told_when_it_has_changed_and_once_at_the_end() -> None:
+    over, seen = iter([False, False, False, False, True]), iter([None, 1, 1, 2, 3])
+    assert list(bridge.sampled(lambda _: next(over), lambda: next(seen))) == [1, 2, 3]
+
+
 def test_shielded_work_outlives_its_caller() -> None:
     done: list[bool] = []
 

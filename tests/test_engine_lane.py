@@ -17,6 +17,8 @@ from rustllama.core import (
     LoadOptions,
     MemoryPlan,
     ModelRecord,
+    Queued,
+    Reading,
     SamplingParams,
     Span,
 )
@@ -123,6 +125,29 @@ def test_a_prompt_is_aborted_in_the_middle_of_its_call(tmp_path: Path) -> None:
         until_idle(engine)
         assert stream._sequence.computed == 0
         assert answer(engine, ask(3, max_tokens=3))
+
+
+def test_a_prompt_tells_how_much_of_it_is_computed_and_how_much_was_kept(engine: LlamaEngine) -> None:
+    for cached in (0, 399):
+        stream = engine.submit(ask(1, length=400))
+        *_, last_told = stream.progress()
+        assert last_told == Reading(400, 400, cached)
+        assert list(stream)[-1].finish
+        until_idle(engine)
+
+
+def test_who_waits_for_a_slot_is_told_its_place_as_long_as_it_waits(engine: LlamaEngine) -> None:
+    running = [engine.submit(ask(i, max_tokens=None)) for i in range(SLOTS)]
+    stream = engine.submit(ask(10))
+    lane = engine._lanes[0]
+    assert lane.progress(stream._sequence) == Queued(1)
+    running[0].cancel()
+    assert lane.progress(stream._sequence) is None, "it gets the slot in the next plan"
+    assert list(stream.progress())[-1] == Reading(40, 40, 0)
+    stream.cancel()
+    assert lane.progress(stream._sequence) is None
+    for other in running:
+        other.cancel()
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(engine: LlamaEngine) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import gevent
 import pytest
 
+from rustllama.bridge import Event
 from rustllama.core import (
     EngineState,
     FileIdentity,
     GenerateRequest,
+    Loading,
     LoadOptions,
     MemoryPlan,
     ModelInfo,
@@ -19,7 +21,7 @@ from rustllama.core import (
     Span,
     Stream,
 )
-from rustllama.engine.manager import EngineManager
+from rustllama.engine.manager import EngineManager, Lease
 from rustllama.engine.prefix_store import StoreState
 from rustllama.engine.tally import Tally, Unloaded
 from rustllama.errors import BadModelFile, Draining, InternalError, OutOfMemory, RustllamaError
@@ -65,7 +67,7 @@ class FakeEngine:
 
 @dataclass(slots=True)
 class Factory:
-    """Remembers what it made; `before` runs inside each load."""
+    """Remembers what it made; `before` runs inside each load, half of which is done then."""
 
     made: list[FakeEngine] = field(default_factory=list)
     before: Callable[[], None] = lambda: None
@@ -78,7 +80,10 @@ class Factory:
     def stores(self) -> tuple[StoreState, ...]:
         return ()
 
-    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> FakeEngine:
+    def __call__(
+        self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None]
+    ) -> FakeEngine:
+        tell(0.5)
         self.before()
         self.made.append(FakeEngine(record, plan))
         return self.made[-1]
@@ -189,6 +194,76 @@ def test_a_load_that_fails_is_told_to_all_and_tried_again_later() -> None:
     factory.before = lambda: None
     made.acquire(record("a")).release()
     assert names(made) == ["a"]
+
+
+def pass_through(gate: Event) -> None:
+    gate.wait()
+
+
+def follow(made: EngineManager, name: str) -> tuple[list[Loading], Lease]:
+    """What a load tells, and its lease."""
+    told = []
+    acquiring = made.acquiring(record(name), LoadOptions(), num_ctx=None, keep_alive_s=None, progress=True)
+    try:
+        while True:
+            told.append(next(acquiring))
+    except StopIteration as end:
+        return told, end.value
+
+
+def test_all_who_want_it_are_told_how_far_a_load_is() -> None:
+    go = Event()
+    made = manager(Factory(before=lambda: pass_through(go)))
+    first = made.acquiring(record("a"), LoadOptions(), num_ctx=None, keep_alive_s=None, progress=True)
+    second = gevent.spawn(follow, made, "a")
+    assert next(first) == Loading(50 * MIB, 100 * MIB)
+    go.set()
+    assert [*first] == [Loading(100 * MIB, 100 * MIB)]
+    told, lease = second.get()
+    assert told[-1] == Loading(100 * MIB, 100 * MIB)
+    assert lease.engine is made.acquire(record("a")).engine
+
+
+def test_a_model_that_is_there_tells_nothing_of_a_load() -> None:
+    made = manager(Factory())
+    made.acquire(record("a"))
+    assert follow(made, "a")[0] == []
+
+
+def test_a_load_that_waits_for_memory_has_nothing_in_it_yet() -> None:
+    made = manager(Factory())
+    busy = [made.acquire(record(name)) for name in ("a", "b")]
+    waiting = made.acquiring(record("c"), LoadOptions(), num_ctx=None, keep_alive_s=None, progress=True)
+    assert next(waiting) == Loading(0, 100 * MIB)
+    busy[0].release()
+    assert [*waiting][-1] == Loading(100 * MIB, 100 * MIB)
+
+
+def test_a_load_that_fails_tells_no_end() -> None:
+    def fail() -> None:
+        pass_through(go)
+        raise BadModelFile("broken")
+
+    go = Event()
+    waiting = manager(Factory(before=fail)).acquiring(
+        record("a"), LoadOptions(), num_ctx=None, keep_alive_s=None, progress=True
+    )
+    next(waiting)
+    go.set()
+    with pytest.raises(BadModelFile):
+        next(waiting)
+
+
+def test_who_stops_listening_to_a_load_no_longer_waits_for_it() -> None:
+    go = Event()
+    made = manager(factory := Factory(before=lambda: pass_through(go)))
+    waiting = made.acquiring(record("a"), LoadOptions(), num_ctx=None, keep_alive_s=0, progress=True)
+    next(waiting)
+    waiting.close()
+    go.set()
+    with gevent.Timeout(5):
+        while not factory.made or not factory.made[0].closed:
+            gevent.sleep(0.005)
 
 
 def test_an_unforeseen_failure_of_a_load_leaves_nobody_waiting(capsys: pytest.CaptureFixture[str]) -> None:

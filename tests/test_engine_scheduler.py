@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rustllama.core import Delta, GenerateRequest
+from rustllama.core import Delta, GenerateRequest, Reading
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf
 from rustllama.engine.scheduler import Batch, Clear, Move, Outcome, Scheduler, Swap, Timing
@@ -79,6 +79,26 @@ def test_the_queue_is_first_in_first_out() -> None:
         made.add(s)
     served = [step(made).prompt[0].sequence for _ in all_]
     assert served == all_
+
+
+def test_positions_count_those_for_whom_no_slot_is_free() -> None:
+    made, all_ = scheduler(n_slots=1), [sequence() for _ in range(4)]
+    for s in all_:
+        made.add(s)
+    assert [made.position(s) for s in all_] == [0, 1, 2, 3], "the first gets its slot in the next plan"
+    step(made)
+    made.cancel(all_[1])
+    assert [made.position(s) for s in all_] == [0, 0, 1, 2]
+    made.cancel(all_[0])
+    assert made.position(all_[2]) == 0, "its slot is free"
+
+
+def test_a_prompt_is_read_step_by_step() -> None:
+    made, one = scheduler(n_batch=32, prompt_ms_per_token=1.0), sequence(80)
+    made.add(one)
+    assert one.reading is None
+    read = [one.reading for _ in range(4) if step(made)]
+    assert read == [Reading(completed, 80, 0) for completed in (32, 64, 80, 80)]
 
 
 def test_a_full_queue_is_refused_and_free_slots_do_not_count_as_waiting() -> None:

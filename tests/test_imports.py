@@ -17,9 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "settings", "core"), "words"),
     **dict.fromkeys(("gguf", "templates", "registry", "probe"), "leaves"),
-    **dict.fromkeys(("engine", "engine.sampling", "engine.sequence", "engine.detokenizer"), "pure engine"),
-    **dict.fromkeys(("engine.scheduler", "engine.turns", "engine.memory", "engine.machine"), "pure engine"),
-    **dict.fromkeys(("engine.prefix_store", "engine.recall", "engine.tally"), "pure engine"),
+    "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     "engine.native": "native",
     "api": "api",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
@@ -32,11 +33,13 @@ class LlamaEngines:
         self._turns = Turns()
         self._store = PrefixStore(memory.prompt_cache_bytes(settings))
 
-    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan) -> LlamaEngine:
-        """Loads the model. Raises BadModelFile or OutOfMemory."""
+    def __call__(
+        self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None] | None = None
+    ) -> LlamaEngine:
+        """See `manager.EngineFactory`."""
         tally = self.tally.models[record.name]
         share = Share(self._turns)
-        return LlamaEngine(record, options, plan, self._settings, self._native, share, self._store, tally)
+        return LlamaEngine(record, options, plan, self._settings, self._native, share, self._store, tally, tell)
 
     def stores(self) -> tuple[StoreState, ...]:
         return (self._store.state(),)
@@ -58,6 +61,7 @@ class LlamaEngine:
         share: Share,
         store: PrefixStore,
         tally: ModelTally,
+        tell: Callable[[float], None] | None,
     ) -> None:
         self._info = record.info
         self._digest = record.digest
@@ -72,7 +76,7 @@ class LlamaEngine:
         wanted = settings.num_gpu if options.num_gpu is None else options.num_gpu
         self._num_gpu = gpu_layers(record.info, wanted)
         use_mmap = settings.use_mmap if options.use_mmap is None else options.use_mmap
-        self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap)
+        self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap, tell=tell)
         self._lanes: list[Lane] = []  # the usual one first
         try:
             self._lanes.append(self._open(plan.n_ctx, plan.n_slots))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rustllama import bridge
-from rustllama.core import Delta, GenerateRequest
+from rustllama.core import Delta, GenerateRequest, Progress, Queued
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
 from rustllama.engine.prefix_store import Shelf
@@ -103,6 +103,13 @@ class Lane:
         self._scheduler.add(sequence)
         self._wake()
         return LaneStream(self, sequence, mailbox)
+
+    def progress(self, sequence: Sequence) -> Progress | None:
+        """None where there is nothing to tell."""
+        if sequence.cancelled:
+            return None
+        position = self._scheduler.position(sequence)
+        return Queued(position) if position else sequence.reading
 
     def cancel(self, sequence: Sequence) -> None:
         if not sequence.over:
@@ -206,6 +213,9 @@ class LaneStream:
         self._lane = lane
         self._sequence = sequence
         self._mailbox = mailbox
+
+    def progress(self) -> Iterator[Progress]:
+        return bridge.sampled(self._mailbox.wait, lambda: self._lane.progress(self._sequence))
 
     def __iter__(self) -> Iterator[Delta]:
         while True:

@@ -6,14 +6,16 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from types import TracebackType
 from typing import Protocol
 
 from rustllama import bridge
-from rustllama.core import Engine, EngineState, FileIdentity, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
+from rustllama.core import Engine, EngineState, FileIdentity, Loading, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
 from rustllama.engine import memory
+from rustllama.engine.loading import LoadGauge
 from rustllama.engine.machine import free_memory_bytes
 from rustllama.engine.prefix_store import StoreState
 from rustllama.engine.tally import ModelTally, Tally, Unloaded
@@ -29,8 +31,13 @@ class EngineFactory(Protocol):
 
     tally: Tally
 
-    def __call__(self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, /) -> Engine:
-        """Loads the model. Raises BadModelFile or OutOfMemory."""
+    def __call__(
+        self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None], /
+    ) -> Engine:
+        """Loads the model. Raises BadModelFile or OutOfMemory.
+
+        `tell` gets the share that is loaded, from 0 to 1, in any thread.
+        """
 
     def forget(self, digest: str) -> None:
         """Drops the computed prompts of a model."""
@@ -45,6 +52,7 @@ class _Entry:
 
     record: ModelRecord
     options: LoadOptions
+    gauge: LoadGauge
     ready: bridge.Event = field(default_factory=bridge.Event)
     engine: Engine | None = None
     plan: MemoryPlan | None = None
@@ -55,6 +63,10 @@ class _Entry:
     used_at_s: float = 0.0
     expires_at: datetime | None = None
     timer: bridge.Timer | None = None
+
+    def loading(self) -> Loading | None:
+        """How far the load is; None where it failed."""
+        return None if self.error else self.gauge.read()
 
     @property
     def idle(self) -> bool:
@@ -125,6 +137,18 @@ class EngineManager:
 
         `num_ctx` None is the usual context; more than the model was trained for becomes that, with a warning.
         """
+        return _result(self.acquiring(record, options, num_ctx=num_ctx, keep_alive_s=keep_alive_s))
+
+    def acquiring(
+        self,
+        record: ModelRecord,
+        options: LoadOptions,
+        *,
+        num_ctx: int | None,
+        keep_alive_s: float | None,
+        progress: bool = False,
+    ) -> Generator[Loading, None, Lease]:
+        """`acquire` that tells, where `progress` asks for it, how far a load is that has to be waited for."""
         if self.draining:
             raise Draining("the server is shutting down: try again in a moment.")
         started_ns = time.perf_counter_ns()
@@ -134,6 +158,8 @@ class EngineManager:
         lease = None
         try:
             was_ready = entry.ready.is_set()
+            if progress and not was_ready:
+                yield from bridge.sampled(entry.ready.wait, entry.loading)
             entry.ready.wait()
             if entry.error is not None:
                 raise entry.error
@@ -185,7 +211,7 @@ class EngineManager:
     def _entry(self, record: ModelRecord, options: LoadOptions) -> _Entry:
         key = (record.path, record.identity)
         if key not in self._entries:
-            entry = self._entries[key] = _Entry(record, options)
+            entry = self._entries[key] = _Entry(record, options, LoadGauge(record.info.size_bytes))
             bridge.spawn(lambda: self._load(entry))
         return self._entries[key]
 
@@ -212,7 +238,9 @@ class EngineManager:
 
     def _make(self, entry: _Entry, plan: MemoryPlan) -> Engine:
         started_ns = time.perf_counter_ns()
-        engine = self._factory(entry.record, entry.options, plan)
+        entry.gauge.start()
+        engine = self._factory(entry.record, entry.options, plan, entry.gauge.tell)
+        entry.gauge.tell(1.0)
         self._tally(entry).loads.observe(time.perf_counter_ns() - started_ns)
         return engine
 
@@ -304,6 +332,16 @@ class EngineManager:
         key = (entry.record.path, entry.record.identity)
         if self._entries.get(key) is entry:
             del self._entries[key]
+
+
+def _result(steps: Generator[object, None, Lease]) -> Lease:
+    """What a generator returns, whatever it yields."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        lease: Lease = end.value
+        return lease
 
 
 def _deadline(keep_alive_s: float) -> datetime | None:

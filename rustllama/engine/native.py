@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import llama_cpp
@@ -53,9 +53,16 @@ class Aborted(Exception):
 class Model:
     """The weights of a GGUF and its vocabulary. Tokenizing may run beside a context's calls: it only reads."""
 
-    def __init__(self, path: str, *, num_gpu: int = 0, use_mmap: bool = True) -> None:
-        """Raises BadModelFile with llama.cpp's own words. `num_gpu` -1 is every layer."""
+    def __init__(
+        self, path: str, *, num_gpu: int = 0, use_mmap: bool = True, tell: Callable[[float], None] | None = None
+    ) -> None:
+        """Raises BadModelFile with llama.cpp's own words. `num_gpu` -1 is every layer.
+
+        `tell` gets the share of the weights that is loaded, from 0 to 1, in this thread; it must not raise.
+        """
         params = llama_cpp.llama_model_default_params()
+        if tell is not None:
+            params.progress_callback = _progress_callback(tell)
         params.n_gpu_layers = num_gpu
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         _last_words.clear()
@@ -293,6 +300,14 @@ class _Rows:
 
 def _pointer(array: np.ndarray[Any, Any], kind: Any) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def _progress_callback(tell: Callable[[float], None]) -> Any:
+    def callback(share: float, _: object) -> bool:
+        tell(share)
+        return True  # False would end the load
+
+    return llama_cpp.llama_progress_callback(callback)
 
 
 def _words() -> str:

@@ -218,6 +218,10 @@ class Scheduler:
     def must_clear(self) -> bool:
         return any(sequence is not None and sequence.over for sequence in self.slots)
 
+    def position(self, sequence: Sequence) -> int:
+        """Its place among those for whom no slot is free, 1 the first; 0 has one, or gets it in the next plan."""
+        return max(0, self.queue.index(sequence) + 1 - self._free) if sequence in self.queue else 0
+
     @property
     def ended(self) -> list[Sequence]:
         """Sequences that are over and not yet on the shelf."""

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rustllama.core import Delta, FinishReason, GenerateRequest, Usage
+from rustllama.core import Delta, FinishReason, GenerateRequest, Reading, Usage
 from rustllama.engine.detokenizer import Detokenizer
 from rustllama.engine.drafts import Drafter
 from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
@@ -78,6 +78,12 @@ class Sequence:
         limit = self.request.max_tokens
         left = self.request.num_ctx - len(self.tokens)
         return left if limit is None else min(left, limit - self.answered)
+
+    @property
+    def reading(self) -> Reading | None:
+        """None before it has a slot."""
+        total = len(self.request.prompt)
+        return None if self.phase is Phase.QUEUED else Reading(min(self.computed, total), total, self.cached)
 
     @property
     def answered(self) -> int:
