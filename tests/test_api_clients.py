@@ -94,6 +94,21 @@ def test_ollama_gets_errors_with_their_status(ollama_client: ollama.Client) -> N
     assert wrong.value.status_code == 400
 
 
+def test_ollama_gets_lines_of_progress_and_is_none_the_worse(ollama_client: ollama.Client) -> None:
+    body = {"model": "demo", "options": GREEDY, "stream": True, "progress": True}
+    ask = ollama_client._request  # its methods take no fields but their own
+    chat = {**body, "messages": QUESTION}
+    parts = list(ask(ollama.ChatResponse, "POST", "/api/chat", json=chat, stream=True))
+    assert len(parts) > len(list(ollama_client.chat("demo", QUESTION, options=GREEDY, stream=True)))
+    assert "".join(part.message.content or "" for part in parts) == (
+        ollama_client.chat("demo", QUESTION, options=GREEDY).message.content
+    )
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    generate = {**body, "prompt": "Hello"}
+    *_, last = ask(ollama.GenerateResponse, "POST", "/api/generate", json=generate, stream=True)
+    assert (last.done, last.response) == (True, "")
+
+
 def test_openai_completes(openai_client: openai.OpenAI) -> None:
     reply = openai_client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "Hello"}], temperature=0, max_tokens=16
@@ -118,6 +133,22 @@ def test_openai_streams_with_usage(openai_client: openai.OpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason in ("stop", "length")
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_openai_gets_progress_in_chunks_that_say_nothing(openai_client: openai.OpenAI) -> None:
+    chunks = list(
+        openai_client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "Hello"}],
+            stream=True,
+            max_tokens=4,
+            extra_body={"progress": True},
+        )
+    )
+    told = [chunk.model_extra["progress"] for chunk in chunks if chunk.model_extra]
+    assert told[-1]["status"] == "prompt"
+    assert told[-1]["completed"] == told[-1]["total"] > 0
+    assert all(chunk.choices[0].delta.content is None for chunk in chunks if chunk.model_extra)
 
 
 def test_openai_lists_and_retrieves_models(openai_client: openai.OpenAI) -> None:

@@ -63,6 +63,8 @@ WRONG_FIELDS = [
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "'messages[0].tool_calls' is not supported"),
     ({"stream": "yes"}, "'stream' must be true or false, not 'yes'"),
     ({"truncate": 0}, "'truncate' must be true or false"),
+    ({"progress": "yes"}, "'progress' must be true or false, not 'yes'"),
+    ({"progress": 1}, "'progress' must be true or false, not 1"),
     ({"options": []}, "'options' must be an object, not a list"),
     ({"keep_alive": "soon"}, "'keep_alive' must be a number of seconds or a duration"),
     ({"keep_alive": True}, "'keep_alive' must be"),
@@ -81,6 +83,7 @@ def test_a_wrong_field_is_named(house: House, fields: dict[str, object], words: 
 
 WRONG_IN_GENERATE = [
     ({"prompt": 7}, "'prompt' must be a string"),
+    ({"progress": []}, "'progress' must be true or false, not a list"),
     ({"raw": True, "system": "x"}, "'raw' takes the prompt as it is"),
     ({"raw": "yes"}, "'raw' must be true or false"),
     ({"suffix": "x"}, "'suffix' is not supported"),
@@ -104,6 +107,7 @@ WRONG_IN_OPENAI = [
     ({"num_ctx": 1}, "num_ctx"),
     ({"stop": 7}, "stop"),
     ({"stream_options": []}, "stream_options"),
+    ({"progress": "yes"}, "progress"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ({"n": 2}, "n"),
     ({"tools": [{"type": "function"}]}, "tools"),
@@ -126,7 +130,7 @@ def test_openai_errors_name_the_field_in_param(house: House, fields: dict[str, o
     assert f"'{param}'" in error["message"]
 
 
-NOT_BUILT = ["tools", "format", "think", "logprobs", "top_logprobs", "shift", "progress"]
+NOT_BUILT = ["tools", "format", "think", "logprobs", "top_logprobs", "shift"]
 
 
 @pytest.mark.parametrize("field", NOT_BUILT)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from rustllama.api.jobs import Job
 from rustllama.api.options import recommended
 from rustllama.api.prompts import Prompt, Prompts
 from rustllama.bridge import watch_client
-from rustllama.core import Delta, GenerateRequest, ModelRecord, Stream
+from rustllama.core import Delta, FinishReason, GenerateRequest, Loading, ModelRecord, Progress
 from rustllama.engine.manager import EngineManager, Lease
 from rustllama.engine.tally import Tally
 from rustllama.errors import Cancelled, RustllamaError, Unsupported
@@ -24,39 +24,40 @@ from rustllama.errors import Cancelled, RustllamaError, Unsupported
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+Work = Generator[Delta | Progress, None, None]
+
 
 class Answer:
-    """Iterated once for its Deltas. `close` ends the work in any phase and gives everything back, exactly once.
-
-    Made when the first Delta is there, so that early errors still get a status.
+    """Iterated once: for Progress, where the job asks for it, and for Deltas. `close` ends the work in any phase and
+    gives everything back, exactly once.
     """
 
-    def __init__(self, job: Job, call: Call, lease: Lease, prompt: Prompt, stream: Stream) -> None:
+    def __init__(self, job: Job, call: Call, work: Callable[[Job, Answer], Work]) -> None:
+        """`work` puts into `held` what has to be given back."""
         self.model = job.model
         self.call = call
-        self.load_ns = lease.load_ns
-        self.warnings = job.warnings + lease.warnings + prompt.warnings
-        self.truncated_messages = prompt.truncated_messages
-        self._held = ExitStack()
-        deltas = iter(stream)
-        first = next(deltas)
-        call.first_token_ns = call.elapsed_ns
-        self._deltas = chain((first,), deltas)
+        self.load_ns = 0
+        self.warnings = job.warnings
+        self.truncated_messages = 0
+        self.held = ExitStack()
+        self._watch = ExitStack()
+        self._work = work(job, self)
+        self._events: Iterator[Delta | Progress] = self._work
         self._over = False
 
-    def hold(self, held: ExitStack, watch: ExitStack) -> None:
-        """Makes both this answer's own; the watch closes first, so that nothing interrupts the giving back."""
-        self._held = held.pop_all()
-        self._held.enter_context(watch.pop_all())
+    def begin(self, environ: WSGIEnvironment) -> None:
+        """Returns when the first event is there, so that early errors still get a status."""
+        self._watch.enter_context(watch_client(environ))
+        self._events = chain((next(self._work),), self._work)
 
-    def __iter__(self) -> Iterator[Delta]:
+    def __iter__(self) -> Iterator[Delta | Progress]:
         try:
-            for delta in self._deltas:
-                if delta.finish is not None:
-                    self.call.usage, self.call.outcome = delta.usage, delta.finish.value
+            for event in self._events:
+                if isinstance(event, Delta) and event.finish is not None:
+                    self.call.usage, self.call.outcome = event.usage, event.finish.value
                     self._over = True
                     self.close()  # before the last piece goes out: a client that has it may leave at once
-                yield delta
+                yield event
         except RustllamaError as error:
             self._over = True
             self.call.failed(error)
@@ -66,16 +67,9 @@ class Answer:
         if not self._over:
             self._over = True
             self.call.failed(Cancelled)
-        self._held.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What came of a Job without a prompt."""
-
-    done_reason: str
-    load_ns: int = 0
-    warnings: tuple[str, ...] = ()
+        self._watch.close()  # first, so that nothing interrupts the giving back
+        self._work.close()
+        self.held.close()
 
 
 class Answers:
@@ -90,44 +84,60 @@ class Answers:
         self._prompts = Prompts()
 
     def start(self, job: Job, environ: WSGIEnvironment) -> Answer:
-        """Returns with the first piece of the answer. Raises what can go wrong until then."""
-        call = call_of(environ)
+        """Returns with the first event of the answer. Raises what can go wrong until then."""
         if job.options.reproducible is None:
             job = replace(job, options=msgspec.structs.replace(job.options, reproducible=self._reproducible))
-        with ExitStack() as held, ExitStack() as watch:
-            watch.enter_context(watch_client(environ))
-            lease, record = self._acquire(job, call)
-            held.enter_context(lease)
-            prompt = self._prompts.build(job, record, lease.engine, lease.num_ctx)
-            stream = lease.engine.submit(_request(call.id, job, record, prompt, lease.num_ctx))
-            held.callback(stream.cancel)
-            answer = Answer(job, call, lease, prompt, stream)
-            answer.hold(held, watch)
-        self._tally.models[lease.loaded_as].first_token.observe(call.first_token_ns)
+        answer = Answer(job, call_of(environ), self._work)
+        with ExitStack() as undo:
+            undo.callback(answer.close)
+            answer.begin(environ)
+            undo.pop_all()
         return answer
 
-    def load(self, job: Job, environ: WSGIEnvironment) -> Loaded:
-        """Loads the model, or unloads it where `keep_alive` is 0."""
-        call = call_of(environ)
-        if job.keep_alive_s == 0:
-            record = self._catalog.get(job.model)
-            call.model, call.outcome = record.name, "unload"
-            self._manager.unload(record, forget=job.forget)
-            return Loaded("unload")
-        with watch_client(environ):
-            lease, _ = self._acquire(job, call)
-            call.outcome = "load"
-            with lease:
-                return Loaded("load", lease.load_ns, job.warnings + lease.warnings)
+    def unload(self, job: Job, environ: WSGIEnvironment) -> None:
+        call, record = call_of(environ), self._catalog.get(job.model)
+        call.model, call.outcome = record.name, "unload"
+        self._manager.unload(record, forget=job.forget)
 
-    def _acquire(self, job: Job, call: Call) -> tuple[Lease, ModelRecord]:
+    def _work(self, job: Job, answer: Answer) -> Work:
+        """Loads the model, prepares the prompt, generates."""
+        record = self._record(job, answer.call)
+        lease = answer.held.enter_context((yield from self._lease(job, record)))
+        answer.load_ns = lease.load_ns
+        answer.warnings += lease.warnings
+        if job.is_empty:
+            yield Delta("", FinishReason.LOAD)
+            return
+        prompt = self._prompts.build(job, record, lease.engine, lease.num_ctx)
+        answer.warnings += prompt.warnings
+        answer.truncated_messages = prompt.truncated_messages
+        stream = lease.engine.submit(_request(answer.call.id, job, record, prompt, lease.num_ctx))
+        answer.held.callback(stream.cancel)
+        if job.progress:
+            yield from stream.progress()
+        deltas = iter(stream)
+        first = next(deltas)
+        answer.call.first_token_ns = answer.call.elapsed_ns
+        self._tally.models[lease.loaded_as].first_token.observe(answer.call.first_token_ns)
+        yield first
+        yield from deltas
+
+    def _record(self, job: Job, call: Call) -> ModelRecord:
         record = self._catalog.current(job.model)
         call.model = record.name
         if "completion" not in record.info.capabilities:
             raise Unsupported(f'"{job.model}" does not support chat: it is made for embeddings.', "model")
+        return record
+
+    def _lease(self, job: Job, record: ModelRecord) -> Generator[Loading, None, Lease]:
         options = job.options
-        lease = self._manager.acquire(record, options.load(), num_ctx=options.num_ctx, keep_alive_s=job.keep_alive_s)
-        return lease, record
+        return self._manager.acquiring(
+            record,
+            options.load(),
+            num_ctx=options.num_ctx,
+            keep_alive_s=job.keep_alive_s,
+            progress=job.progress,
+        )
 
 
 def _request(id: str, job: Job, record: ModelRecord, prompt: Prompt, num_ctx: int) -> GenerateRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rustllama.api.options import Options
 from rustllama.api.requests import Turn
@@ -20,7 +20,15 @@ class Job:
     keep_alive_s: float | None = None  # None: the server's setting
     forget: bool = False  # an unload: the computed prompts too
     truncate: bool = True  # whether old turns may be left out
+    progress: bool = False  # whether to tell what the first token waits for
     warnings: tuple[str, ...] = ()
+
+    def telling(self, progress: bool, *, streamed: bool) -> Job:
+        """The same, with what the request asks for."""
+        if progress and not streamed:
+            warning = "'progress' is told in a stream only, and was ignored: it needs 'stream': true"
+            return replace(self, warnings=(*self.warnings, warning))
+        return replace(self, progress=progress)
 
     @property
     def is_empty(self) -> bool:

@@ -18,15 +18,15 @@ from rustllama.api.guard import body
 from rustllama.api.jobs import Job
 from rustllama.api.options import read_options
 from rustllama.api.requests import Turn, keep_alive_s, model_name, read_messages
-from rustllama.api.streaming import Pattern, json_response, respond
-from rustllama.core import Delta, Usage
+from rustllama.api.streaming import Pattern, json_response, progress_fields, respond
+from rustllama.core import Delta, Progress, Usage
 from rustllama.errors import BadRequest, RustllamaError
 
 Piece = Callable[[str], dict[str, object]]
 """The field of a reply that holds the text."""
 
 _NDJSON = "application/x-ndjson"
-_UNBUILT = ("format", "think", "logprobs", "top_logprobs", "shift", "progress")
+_UNBUILT = ("format", "think", "logprobs", "top_logprobs", "shift")
 _UNBUILT_IN_CHAT = dict.fromkeys(("tools", *_UNBUILT), ())
 _UNBUILT_IN_GENERATE = dict.fromkeys(("suffix", "images", "context", *_UNBUILT), ())
 
@@ -36,6 +36,7 @@ class Common(Struct, frozen=True):
 
     options: dict[str, object] = {}
     stream: bool = False
+    progress: bool = False
     forget: bool = False
 
 
@@ -80,14 +81,14 @@ class Ollama:
         return self._reply(job, _response, streamed=asked.stream)
 
     def _reply(self, job: Job, piece: Piece, *, streamed: bool) -> Response:
-        if job.is_empty:
-            return self._load(job, piece, streamed=streamed)
+        if job.is_empty and job.keep_alive_s == 0:
+            return self._unload(job, piece, streamed=streamed)
         answer = self._answers.start(job, request.environ)
         return respond(answer, OllamaFrames(answer, piece), streamed=streamed)
 
-    def _load(self, job: Job, piece: Piece, *, streamed: bool) -> Response:
-        loaded = self._answers.load(job, request.environ)
-        ending = _ending(call_of(request.environ), loaded.done_reason, Usage(), loaded.load_ns, loaded.warnings)
+    def _unload(self, job: Job, piece: Piece, *, streamed: bool) -> Response:
+        self._answers.unload(job, request.environ)
+        ending = _ending(call_of(request.environ), "unload", Usage(), 0, ())
         reply = {"model": job.model, "created_at": _now(), **piece(""), **ending}
         return json_response(reply, _NDJSON if streamed else "application/json")
 
@@ -104,6 +105,10 @@ class OllamaFrames:
         hole = Pattern.HOLE
         self._line = Pattern({"model": answer.model, "created_at": hole, **piece(hole), "done": False}, after=b"\n")
 
+    def progress(self, progress: Progress) -> bytes:
+        line = {"model": self._answer.model, "created_at": _now(), **self._piece(""), "done": False}
+        return msgspec.json.encode({**progress_fields(progress), **line}) + b"\n"
+
     def piece(self, text: str) -> bytes:
         return self._line.filled(_now(), text)
 
@@ -116,8 +121,7 @@ class OllamaFrames:
     def whole(self, text: str, delta: Delta) -> dict[str, object]:
         answer = self._answer
         assert delta.finish is not None
-        assert delta.usage is not None
-        ending = _ending(answer.call, delta.finish.value, delta.usage, answer.load_ns, answer.warnings)
+        ending = _ending(answer.call, delta.finish.value, delta.usage or Usage(), answer.load_ns, answer.warnings)
         if answer.truncated_messages:
             ending["truncated_messages"] = answer.truncated_messages
         return {"model": answer.model, "created_at": _now(), **self._piece(text), **ending}
@@ -155,7 +159,8 @@ def _now() -> datetime:
 def _job(raw: Fields, asked: Common) -> Job:
     """What both endpoints have in common."""
     options, warnings = read_options(asked.options)
-    return Job(model_name(raw), options, keep_alive_s=keep_alive_s(raw), forget=asked.forget, warnings=warnings)
+    job = Job(model_name(raw), options, keep_alive_s=keep_alive_s(raw), forget=asked.forget, warnings=warnings)
+    return job.telling(asked.progress, streamed=asked.stream)
 
 
 def _turns(asked: GenerateBody) -> tuple[Turn, ...]:

@@ -16,8 +16,8 @@ from rustllama.api.guard import body
 from rustllama.api.jobs import Job
 from rustllama.api.options import Options
 from rustllama.api.requests import keep_alive_s, model_name, read_messages
-from rustllama.api.streaming import Pattern, respond
-from rustllama.core import Delta, Usage
+from rustllama.api.streaming import Pattern, progress_fields, respond
+from rustllama.core import Delta, Progress, Usage
 from rustllama.errors import BadRequest, RustllamaError
 
 MaxTokens = Annotated[int, Meta(ge=1, le=1 << 22)]
@@ -48,6 +48,7 @@ class ChatBody(Struct, frozen=True):
 
     messages: list[dict[str, object]]
     stream: bool = False
+    progress: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
@@ -80,6 +81,10 @@ class OpenAIFrames:
         self._base = {"id": f"chatcmpl-{answer.call.id}", "created": int(time.time()), "model": answer.model}
         self._event = Pattern(self._chunk({"content": Pattern.HOLE}), before=b"data: ", after=b"\n\n")
         self.opening = _event(self._chunk({"role": "assistant", "content": ""}))
+
+    def progress(self, progress: Progress) -> bytes:
+        """A chunk that says nothing, with a field of ours."""
+        return _event({**self._chunk({}), "progress": progress_fields(progress)})
 
     def piece(self, text: str) -> bytes:
         return self._event.filled(text)
@@ -121,7 +126,8 @@ def _job(raw: Fields, asked: ChatBody) -> Job:
     if bound is not None:
         options = msgspec.structs.replace(options, num_predict=bound)
     messages = read_messages(asked.messages)
-    return Job(model_name(raw), options, messages, keep_alive_s=keep_alive_s(raw), truncate=False)
+    job = Job(model_name(raw), options, messages, keep_alive_s=keep_alive_s(raw), truncate=False)
+    return job.telling(asked.progress, streamed=asked.stream)
 
 
 def _usage(usage: Usage) -> dict[str, object]:

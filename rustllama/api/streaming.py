@@ -10,7 +10,7 @@ import msgspec
 from flask import Response
 
 from rustllama.api.answers import Answer
-from rustllama.core import Delta
+from rustllama.core import Delta, Loading, Progress, Queued, Reading
 from rustllama.errors import Cancelled, RustllamaError
 
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -21,6 +21,8 @@ class Frames(Protocol):
 
     media_type: str  # of a stream
     opening: bytes  # goes out with the first piece
+
+    def progress(self, progress: Progress) -> bytes: ...
 
     def piece(self, text: str) -> bytes: ...
 
@@ -43,7 +45,7 @@ def respond(answer: Answer, frames: Frames, *, streamed: bool) -> Response:
     """Gives `answer` back when the response ends, or the client is gone, even before the first byte."""
     if not streamed:
         with closing(answer):
-            deltas = list(answer)
+            deltas = [event for event in answer if isinstance(event, Delta)]
         return json_response(frames.whole("".join(delta.text for delta in deltas), deltas[-1]))
     response = Response(_lines(answer, frames), content_type=frames.media_type, headers=_STREAM_HEADERS)
     response.call_on_close(answer.close)
@@ -54,10 +56,13 @@ def _lines(answer: Answer, frames: Frames) -> Iterator[bytes]:
     """One bytes object for each piece; called once for every token, so nothing here is done twice."""
     opening = frames.opening
     try:
-        for delta in answer:
-            line = frames.piece(delta.text) if delta.text else b""
-            if delta.finish is not None:
-                line += frames.last(delta)
+        for event in answer:
+            if not isinstance(event, Delta):
+                line = frames.progress(event)
+            else:
+                line = frames.piece(event.text) if event.text else b""
+                if event.finish is not None:
+                    line += frames.last(event)
             if line:
                 yield opening + line
                 opening = b""
@@ -66,6 +71,17 @@ def _lines(answer: Answer, frames: Frames) -> Iterator[bytes]:
     except RustllamaError as error:
         answer.close()
         yield opening + frames.failure(error)
+
+
+def progress_fields(progress: Progress) -> dict[str, object]:
+    """Progress as both dialects tell it; `completed` and `total` are bytes of a model or tokens of a prompt."""
+    match progress:
+        case Loading(completed, total):
+            return {"status": "loading", "completed": completed, "total": total}
+        case Queued(position):
+            return {"status": "queued", "position": position}
+        case Reading(completed, total, cached):
+            return {"status": "prompt", "completed": completed, "total": total, "cached": cached}
 
 
 class Pattern:
