@@ -74,8 +74,18 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """One line of an answer. The last has `done`, the counts in tokens and the durations in nanoseconds."""
+    """One line of an answer. The last has `done`, the counts in tokens and the durations in nanoseconds.
 
+    Lines with a `status` come before the first word: "loading" with `completed` and `total` in bytes, "queued" with a
+    `position` of which 1 is the next, "prompt" with `completed`, `total` and `cached` in tokens.
+    """
+
+    model: str = ""
+    status: str = ""
+    completed: int = 0
+    total: int = 0
+    cached: int = 0
+    position: int = 0
     message: Message = Message()
     done: bool = False
     error: str | None = None
@@ -163,10 +173,9 @@ class Client:
     def delete(self, name: str) -> None:
         self._call("DELETE", "/api/delete", {"name": name}, as_type=_Status)
 
-    def load(self, model: str, options: Mapping[str, object] | None = None) -> Reply:
-        """Loads the model and lets the server check `options`."""
-        body = {"model": model, "messages": (), "options": options or {}}
-        return self._call("POST", "/api/chat", body, as_type=Reply, read_timeout_s=None)
+    def load(self, model: str, options: Mapping[str, object] | None = None) -> Generator[Reply, None, None]:
+        """Loads the model and lets the server check `options`; see `chat`."""
+        return self.chat(model, (), options)
 
     def unload(self, model: str, *, forget: bool = False) -> None:
         """`forget`: its computed prompts leave with it."""
@@ -180,7 +189,7 @@ class Client:
 
         Closing the generator closes the connection, which ends the server's work. A stream that breaks off raises.
         """
-        body = {"model": model, "messages": messages, "options": options or {}, "stream": True}
+        body = {"model": model, "messages": messages, "options": options or {}, "stream": True, "progress": True}
         with self._request("POST", "/api/chat", body, read_timeout_s=None) as response, self._translated():
             done = False
             for line in _lines(response):  # to the very end: a connection that is left early looks like a hang-up

@@ -21,6 +21,11 @@ def line(text: str = "", **fields: object) -> bytes:
     return json.dumps({"message": {"role": "assistant", "content": text}, "done": False, **fields}).encode() + b"\n"
 
 
+def status_line(status: str, **fields: object) -> bytes:
+    """A line that comes before the first word."""
+    return line("", status=status, model="demo", **fields)
+
+
 def last_line(**fields: object) -> bytes:
     return line("", done=True, done_reason="stop", **fields)
 
@@ -46,8 +51,8 @@ class StandIn:
         self.answers["GET /api/list"] = json.dumps({"models": models}).encode()
 
     def says(self, *pieces: bytes) -> None:
-        """What a streamed chat answers; one that is not streamed answers that the model is loaded."""
-        self.answers["POST /api/chat"] = lambda body: pieces if body.get("stream") else [last_line()]
+        """What a chat answers; one without messages answers that the model is loaded."""
+        self.answers["POST /api/chat"] = lambda body: pieces if body["messages"] else [last_line()]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from rustllama.cli.format import clean, distance, parse_time, print_table, size
 from rustllama.cli.render import LiveAnswer, PlainAnswer, answer_on, split_blocks
+from rustllama.cli.waiting import SHOWN_AFTER_S, Waiting, described
+from rustllama.client import Reply
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
@@ -152,6 +154,73 @@ def test_without_a_real_terminal_answers_are_plain(is_terminal: bool, term: str)
 def test_blocks_are_split_where_nothing_can_join_them_any_more() -> None:
     assert split_blocks("para\n\n- a\n\n- b\n# T") == ["para\n", "- a\n\n- b", "# T"]
     assert split_blocks("```\n\n# no title") == ["```\n\n# no title"]
+
+
+READING = Reply(status="prompt", completed=1200, total=3000, cached=800)
+WORDS = [
+    (Reply(status="loading", model="llama3.2", completed=1_350_000_000, total=3_000_000_000), "loading llama3.2 45 %"),
+    (Reply(status="loading", model="\x1b[31mx"), "loading [31mx 0 %"),
+    (Reply(status="queued", position=4), "waiting: 3 before you"),
+    (Reply(status="queued", position=1), "waiting: you are next"),
+    (READING, "reading the prompt: 1,200 of 3,000 tokens (800 remembered)"),
+    (Reply(status="prompt", total=3000), "reading the prompt: 0 of 3,000 tokens"),
+    (Reply(status="pondering"), ""),
+]
+
+
+def waiting_line(reply: Reply, *, after_s: float = SHOWN_AFTER_S, width: int = 100) -> str:
+    """What is drawn that long after the beginning, without the spinner."""
+    target = console(width=width)
+    waiting = Waiting(target, iter((0.0, after_s)).__next__)
+    waiting.tell(reply)
+    target.print(waiting)
+    return shown(target)[2:].rstrip("\n")
+
+
+@pytest.mark.parametrize(("reply", "words"), WORDS)
+def test_what_an_answer_waits_for_has_its_words(reply: Reply, words: str) -> None:
+    assert described(reply) == words
+
+
+def test_a_bar_shows_how_much_is_done() -> None:
+    assert waiting_line(READING) == f"{described(READING)} {'━' * 8}{'─' * 12}"
+    assert waiting_line(Reply(status="queued", position=4)) == "waiting: 3 before you"
+
+
+@pytest.mark.parametrize("width", [4, 20, 60, 62, 63, 80])
+def test_what_an_answer_waits_for_is_never_more_than_a_line(width: int) -> None:
+    line = waiting_line(READING, width=width)
+    assert "\n" not in line
+    assert len(line) <= width - 2
+
+
+def test_nothing_is_shown_of_what_is_over_soon() -> None:
+    assert waiting_line(READING, after_s=SHOWN_AFTER_S - 0.01) == ""
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, ConnectionError])
+def test_what_an_answer_waited_for_leaves_no_trace(end: type[BaseException] | None) -> None:
+    target, now_s = console(), [0.0]
+    target.print("before")
+    with suppress(KeyboardInterrupt, ConnectionError), LiveAnswer(target, clock=lambda: now_s[0]) as answer:
+        answer.waits(READING)
+        now_s[0] = 1.0
+        if end:
+            raise end
+        answer.feed("the answer")
+    assert "1,200 of 3,000" in shown(target)
+    assert on_screen(shown(target)) == ("before" if end else "before\nthe answer")
+    assert shown(target).count("\x1b[?25l") == shown(target).count("\x1b[?25h"), "the cursor is back"
+
+
+@pytest.mark.parametrize(("is_terminal", "term"), [(False, "xterm"), (True, "dumb")])
+def test_without_a_real_terminal_nobody_sees_what_an_answer_waits_for(is_terminal: bool, term: str) -> None:
+    target = Console(file=io.StringIO(), force_terminal=is_terminal, _environ={"TERM": term})
+    with answer_on(target) as answer, Waiting(target, iter(range(1_000_000)).__next__) as waiting:
+        answer.waits(READING)
+        waiting.tell(READING)
+        answer.feed("the answer")
+    assert shown(target) == "the answer\n"
 
 
 def test_a_wide_table_is_not_cut_where_there_is_no_terminal() -> None:

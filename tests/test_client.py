@@ -9,7 +9,7 @@ import pytest
 
 from rustllama.client import Client, Message, base_url, is_loopback
 from rustllama.errors import RustllamaError, ServerUnreachable, SettingError
-from tests.stand_in import BREAK, HANG, StandIn, last_line, line, model, stand_in
+from tests.stand_in import BREAK, HANG, StandIn, last_line, line, model, stand_in, status_line
 
 HELLO = [Message("user", "hello")]
 WAIT_S = 20.0
@@ -129,6 +129,21 @@ def test_lines_are_whole_however_they_were_cut(fake: StandIn) -> None:
     replies = list(Client(fake.url).chat("demo", HELLO))
     assert "".join(reply.message.content for reply in replies) == "hällo"
     assert (replies[-1].done, replies[-1].eval_count) == (True, 2)
+
+
+def test_what_comes_before_the_first_word_is_asked_for_and_read(fake: StandIn) -> None:
+    fake.says(status_line("queued", position=2), status_line("prompt", completed=2, total=9, cached=1), last_line())
+    queued, prompt, _ = Client(fake.url).chat("demo", HELLO)
+    assert fake.bodies("POST /api/chat")[0]["progress"] is True
+    assert (queued.status, queued.position, queued.model) == ("queued", 2, "demo")
+    assert (prompt.status, prompt.completed, prompt.total, prompt.cached) == ("prompt", 2, 9, 1)
+
+
+def test_a_load_is_a_chat_without_messages(fake: StandIn) -> None:
+    *_, last = Client(fake.url).load("demo", {"num_ctx": 64})
+    assert last.done
+    (body,) = fake.bodies("POST /api/chat")
+    assert (body["messages"], body["options"]) == ([], {"num_ctx": 64})
 
 
 @pytest.mark.parametrize("end", [(BREAK,), (), (b'{"message":',)])

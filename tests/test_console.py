@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stand_in import BREAK, HANG, StandIn, last_line, line, model, stand_in
+from tests.stand_in import BREAK, HANG, StandIn, last_line, line, model, stand_in, status_line
 from tests.terminal import Terminal, terminal
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
@@ -31,7 +31,7 @@ def chat(fake: StandIn, tmp_path: Path) -> Iterator[Terminal]:
 
 def said(fake: StandIn) -> list[list[tuple[str, str]]]:
     """The messages of each question."""
-    bodies = [body for body in fake.bodies("POST /api/chat") if body.get("stream")]
+    bodies = [body for body in fake.bodies("POST /api/chat") if body["messages"]]
     return [[(message["role"], message["content"]) for message in body["messages"]] for body in bodies]
 
 
@@ -93,6 +93,25 @@ def test_ctrl_c_before_the_first_word_forgets_the_question(fake: StandIn, chat: 
     fake.says(last_line())
     ask(chat, "next")
     assert said(fake)[1] == [("user", "next")]
+
+
+def test_a_long_prompt_is_told_until_ctrl_c_and_leaves_no_trace(fake: StandIn, chat: Terminal) -> None:
+    fake.says(status_line("prompt", completed=1200, total=3000, cached=800), HANG)
+    ask(chat, "a long prompt", until="reading the prompt: 1,200 of 3,000 tokens (800 remembered)")
+    begin = len(chat.raw)
+    chat.type(CTRL_C)
+    chat.wait_for(PROMPT)
+    assert fake.hung_up.wait(WAIT_S)
+    assert b"\x1b[1A\x1b[2K" in chat.raw[begin:], "the line is erased"
+    fake.says(line("Fine."), last_line())
+    assert "reading" not in ask(chat, "next")
+
+
+def test_a_load_is_told_in_the_same_place(fake: StandIn, chat: Terminal) -> None:
+    fake.answers["POST /api/chat"] = lambda _: [status_line("loading", completed=45, total=100), HANG]
+    ask(chat, "/load other", until="loading demo 45 %")
+    chat.type(CTRL_C)
+    chat.wait_for(PROMPT)
 
 
 def test_an_answer_that_breaks_off_is_told_and_the_chat_goes_on(fake: StandIn, chat: Terminal) -> None:

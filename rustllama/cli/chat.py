@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.text import Text
 
-from rustllama.cli.format import one_line, spinner
+from rustllama.cli.format import one_line
 from rustllama.cli.home import Home
 from rustllama.cli.pick import pick_model
 from rustllama.cli.render import answer_on, note
+from rustllama.cli.waiting import Waiting
 from rustllama.client import Client, Message, Reply
 from rustllama.errors import RustllamaError
 
@@ -56,6 +57,8 @@ class Chat:
                     first_s = first_s if said else time.monotonic()
                     said.append(reply.message.content)
                     answer.feed(reply.message.content)
+                elif reply.status:
+                    answer.waits(reply)
         self._warn(reply)
         if self.verbose:
             note(self.notes, rates(reply, first_s - started_s))
@@ -63,9 +66,7 @@ class Chat:
     def load(self, given: str | None) -> None:
         """Goes on with another model, by name or path; the conversation stays. Raises RustllamaError."""
         name = pick_model(self.client, given, self.home, self.notes)
-        with spinner(self.notes, f"Loading {name}"):
-            reply = self.client.load(name, self.options)
-        self._warn(reply)
+        self._load(name, self.options)
         self.model = name
         self.home.remember(name)
 
@@ -74,9 +75,15 @@ class Chat:
         options = {**self.options, name: value}
         if value is None:
             del options[name]
-        reply = self.client.load(self.model, options)
-        self._warn(reply)
+        self._load(self.model, options)
         self.options = options
+
+    def _load(self, name: str, options: Mapping[str, object]) -> None:
+        reply = Reply()
+        with Waiting(self.notes) as waiting, closing(self.client.load(name, options)) as replies:
+            for reply in replies:
+                waiting.tell(reply)
+        self._warn(reply)
 
     def _warn(self, reply: Reply) -> None:
         for warning in reply.warnings:

@@ -17,6 +17,8 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from rustllama.cli.format import clean
+from rustllama.cli.waiting import Waiting
+from rustllama.client import Reply
 
 REFRESH_S = 0.1  # the least time between two drawings of what is still growing
 
@@ -44,6 +46,9 @@ class Answer(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def waits(self, reply: Reply) -> None:
+        """Before the first piece: a line that tells why it does not come yet."""
+
     def feed(self, piece: str) -> None: ...
 
 
@@ -61,6 +66,9 @@ class PlainAnswer:
         if self._last != "\n":
             self.feed("\n")
 
+    def waits(self, reply: Reply) -> None:
+        pass
+
     def feed(self, piece: str) -> None:
         text = clean(piece)
         self._last = text[-1:] or self._last
@@ -69,7 +77,7 @@ class PlainAnswer:
 
 
 class LiveAnswer:
-    """A spinner until the first piece, then Markdown.
+    """What it waits for until the first piece, then Markdown.
 
     Blocks are printed for good once the next one has begun. Only the last, unfinished one is drawn again as it grows,
     no more of it than fits the screen, so a long answer neither flickers nor is cut.
@@ -81,7 +89,7 @@ class LiveAnswer:
         self._tail = ""
         self._printed = False
         self._drawn_at = -REFRESH_S
-        self._spinner = console.status("")
+        self._waiting = Waiting(console, clock)
         self._live = Live(
             console=console,
             get_renderable=self._window,
@@ -93,18 +101,21 @@ class LiveAnswer:
         )
 
     def __enter__(self) -> LiveAnswer:
-        self._spinner.start()
+        self._waiting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._spinner.stop()
+        self._waiting.stop()
         self._live.stop()
         for block in split_blocks(self._tail):
             self._print(block)
 
+    def waits(self, reply: Reply) -> None:
+        self._waiting.tell(reply)
+
     def feed(self, piece: str) -> None:
         if not self._live.is_started:
-            self._spinner.stop()
+            self._waiting.stop()
             self._live.start()
         self._tail += clean(piece)
         if "\n" in piece:
