@@ -79,11 +79,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer. The last of a stream, and only it, has `finish`, and `usage` if anything was computed."""
+    """A piece of an answer. The last of a stream, and only it, has `finish`, `usage` if anything was computed, and may
+    have warnings.
+    """
 
     text: str
     finish: FinishReason | None = None
     usage: Usage | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

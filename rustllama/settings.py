@@ -135,6 +135,9 @@ class Settings:
         _one_of("f16", "f32"), "f16", "numbers of the KV cache: f16, or f32 for twice the memory"
     )
     gap_ms: int = _setting(_whole(1, 60_000), 200, "milliseconds between tokens that a new prompt may cause")
+    request_timeout: float = _setting(
+        parse_duration_s, 0.0, "time after which an answer ends with what it has, queue and prompt included; 0: none"
+    )
     drain_timeout: float = _setting(parse_duration_s, 30.0, "time that running answers get when the server stops")
     max_body: int = _setting(parse_size_bytes, 20 * 1024**2, "size of the largest request body")
     probe_timeout: float = _setting(parse_duration_s, 120.0, "time that proving a new model file may take")

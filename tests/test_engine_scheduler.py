@@ -296,6 +296,11 @@ class AnyTraffic(RuleBasedStateMachine):
     def leave(self, pick: int) -> None:
         self.made.cancel(self.alive[pick % len(self.alive)])
 
+    @precondition(lambda self: self.alive)
+    @rule(pick=st.integers(0, 99))
+    def run_out_of_time(self, pick: int) -> None:
+        self.made.expire(self.alive[pick % len(self.alive)], self.now_ns)
+
     @rule()
     def step(self) -> None:
         self.now_ns += 50 * MS

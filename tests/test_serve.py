@@ -158,6 +158,17 @@ def test_streams_that_outlast_the_drain_get_a_terminal_event(tmp_path: Path, slo
     assert server.stop() == 0
 
 
+def test_an_answer_whose_time_is_up_ends_with_what_it_has_in_either_dialect(tmp_path: Path, slow_toy: Path) -> None:
+    server = started(tmp_path / "home", slow_toy, RUSTLLAMA_REQUEST_TIMEOUT="300ms")
+    ends: list[dict[str, Any]] = [ask(server, 2000).json(), lines(stream(server, 2000))[-1]]
+    assert [(end["done"], end["done_reason"]) for end in ends] == [(True, "length")] * 2
+    assert all("time limit" in end["warnings"][-1] and end["eval_count"] < 2000 for end in ends)
+    reply = post(server, "/v1/chat/completions", {**CHAT, "max_tokens": 2000}).json()
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert "time limit" in reply["warnings"][-1]
+    assert server.stop() == 0
+
+
 def test_new_requests_are_refused_while_draining(tmp_path: Path, slow_toy: Path) -> None:
     server = started(tmp_path / "home", slow_toy)
     with requests.Session() as kept_alive:

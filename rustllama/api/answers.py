@@ -55,6 +55,7 @@ class Answer:
             for event in self._events:
                 if isinstance(event, Delta) and event.finish is not None:
                     self.call.usage, self.call.outcome = event.usage, event.finish.value
+                    self.warnings += event.warnings
                     self._over = True
                     self.close()  # before the last piece goes out: a client that has it may leave at once
                 yield event

@@ -19,7 +19,7 @@ from rustllama.engine.sequence import Sequence
 from rustllama.engine.tally import ModelTally
 from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
-from rustllama.settings import Settings
+from rustllama.settings import FOREVER, Settings
 
 _PATIENCE_S = 0.5
 _MEASURING_MS = 1_500  # in one rest
@@ -61,6 +61,7 @@ class Lane:
         self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
         self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
         self._scheduler.decode_cost = DecodeCost(shape.n_slots)
+        self._timeout_s = settings.request_timeout
         self._work = bridge.Event()
         self._stopped = bridge.Event()
         self._closing = False
@@ -102,7 +103,9 @@ class Lane:
         sequence = Sequence(request, mailbox, time.perf_counter_ns(), tally=tally)
         self._scheduler.add(sequence)
         self._wake()
-        return LaneStream(self, sequence, mailbox)
+        limited = 0 < self._timeout_s < FOREVER
+        timer = bridge.Timer(self._timeout_s, lambda: self._expire(sequence)) if limited else None
+        return LaneStream(self, sequence, mailbox, timer)
 
     def progress(self, sequence: Sequence) -> Progress | None:
         """None where there is nothing to tell."""
@@ -114,8 +117,16 @@ class Lane:
     def cancel(self, sequence: Sequence) -> None:
         if not sequence.over:
             self._scheduler.cancel(sequence)
-            self._runner.abort(sequence)
-            self._wake()
+            self._drop(sequence)
+
+    def _expire(self, sequence: Sequence) -> None:
+        if not sequence.over:
+            self._scheduler.expire(sequence, time.perf_counter_ns())
+            self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._runner.abort(sequence)
+        self._wake()
 
     def end_all(self, reason: RustllamaError) -> None:
         self._scheduler.end_all(reason)
@@ -209,10 +220,13 @@ class Lane:
 class LaneStream:
     """The answer to one request; see `core.Stream`."""
 
-    def __init__(self, lane: Lane, sequence: Sequence, mailbox: bridge.Mailbox[Delta]) -> None:
+    def __init__(
+        self, lane: Lane, sequence: Sequence, mailbox: bridge.Mailbox[Delta], timer: bridge.Timer | None
+    ) -> None:
         self._lane = lane
         self._sequence = sequence
         self._mailbox = mailbox
+        self._timer = timer
 
     def progress(self) -> Iterator[Progress]:
         return bridge.sampled(self._mailbox.wait, lambda: self._lane.progress(self._sequence))
@@ -225,6 +239,8 @@ class LaneStream:
                 return
 
     def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.close()
         self._lane.cancel(self._sequence)
 
 

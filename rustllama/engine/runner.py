@@ -203,12 +203,17 @@ class Runner:
             self._context.decode(tokens, positions, slots, outputs)
             return True
         except Aborted:
-            chunks[0].sequence.computed = 0  # what is left of it is cleared
+            self._recount(chunks[0])
             return False
         finally:
             with self._lock:
                 self._alone = None
                 self._context.rearm()
+
+    def _recount(self, aborted: Chunk) -> None:
+        """llama.cpp takes an aborted call back, but for a recurrent state, of which nothing can be used any more."""
+        if self._context.bounds(aborted.slot)[1] != aborted.sequence.computed - 1:
+            aborted.sequence.computed = 0
 
     def _first_token(self, sequence: Sequence, row: int) -> Delta:
         if not np.isfinite(self._context.logits(row).max()):

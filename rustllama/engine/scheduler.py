@@ -194,6 +194,16 @@ class Scheduler:
         sequence.cancelled = True
         sequence.outlet.put(reason or Cancelled())
 
+    def expire(self, sequence: Sequence, now_ns: int) -> None:
+        """Ends a sequence whose time is up with what it has; one that decodes, with its next token."""
+        if sequence.over:
+            return
+        if sequence.phase is Phase.QUEUED:
+            self.queue.remove(sequence)
+        answer = sequence.expire(now_ns)
+        if answer is not None:
+            sequence.outlet.put(answer)
+
     def lose_all(self, reason: RustllamaError) -> None:
         """Ends who has a slot, as llama.cpp's memory was emptied; the queue goes on."""
         self.leaving = []

@@ -12,6 +12,8 @@ from rustllama.engine.drafts import Drafter
 from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
 from rustllama.engine.tally import ModelTally, Source
 
+_TIME_IS_UP = "the answer ends here: it reached the time limit of the server (RUSTLLAMA_REQUEST_TIMEOUT)"
+
 
 class Phase(enum.Enum):
     QUEUED = "queued"  # has no slot
@@ -35,6 +37,7 @@ class Sequence:
     arrived_ns: int
     phase: Phase = Phase.QUEUED
     cancelled: bool = False  # set by the hub at any time; the native thread never resets it
+    expired: bool = False  # likewise: its time is up, and the next token is the last one
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     computed: int = 0  # how many of the tokens llama.cpp's memory holds
     cached: int = 0  # how many of them came from what was computed before
@@ -102,7 +105,17 @@ class Sequence:
         if finish is None:
             return Delta(text)
         self.phase = Phase.ENDED
-        return Delta(text + self.detokenizer.flush(), finish, self.usage())
+        return Delta(text + self.detokenizer.flush(), finish, self.usage(), self._warnings(finish))
+
+    def expire(self, now_ns: int) -> Delta | None:
+        """Its time is up: the whole answer where no token is there yet, else None, as the next token will end it."""
+        self.expired = True
+        if self.phase is Phase.DECODE:
+            return None
+        self.cancelled = True
+        self.admitted_ns = self.admitted_ns or now_ns
+        self.first_token_ns = self.last_token_ns = now_ns
+        return Delta("", FinishReason.LENGTH, self.usage(), self._warnings(FinishReason.LENGTH))
 
     def _count(self, now_ns: int) -> None:
         self.tally.answer_tokens += 1
@@ -116,7 +129,10 @@ class Sequence:
     def _finish(self, ended: bool) -> FinishReason | None:
         if ended or self.detokenizer.stopped:
             return FinishReason.STOP
-        return None if self.room > 0 else FinishReason.LENGTH
+        return FinishReason.LENGTH if self.expired or self.room <= 0 else None
+
+    def _warnings(self, finish: FinishReason) -> tuple[str, ...]:
+        return (_TIME_IS_UP,) if self.expired and finish is FinishReason.LENGTH else ()
 
     def usage(self) -> Usage:
         return Usage(
