@@ -53,6 +53,15 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextShift:
+    """What a sequence may drop to go on when its context is full; places in its tokens."""
+
+    keep: int  # those before it stay
+    turns: tuple[int, ...] = ()  # where later turns begin, ascending; the last one is the last question
+    question_end: int = 0  # where the last question ends; 0: there is none to keep
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One sequence to generate. `prompt` is tokenized already and fits `num_ctx` with room for a token."""
 
@@ -63,6 +72,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
     reproducible: bool = False  # the same tokens, bit for bit, whatever else runs or ran
+    shift: ContextShift | None = None  # None: a full context ends the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +179,10 @@ class Engine(Protocol):
         """Makes sure that a slot of `num_ctx` tokens exists, made from that much memory. Raises OutOfMemory."""
 
     def submit(self, request: GenerateRequest) -> Stream:
-        """Raises Busy when the queue is full. `request.num_ctx` fits a slot (see `reserve`)."""
+        """Raises Busy when the queue is full, and Unsupported for a shift that the model cannot do.
+
+        `request.num_ctx` fits a slot (see `reserve`).
+        """
 
     def state(self) -> EngineState: ...
 

@@ -65,6 +65,7 @@ WRONG_FIELDS = [
     ({"truncate": 0}, "'truncate' must be true or false"),
     ({"progress": "yes"}, "'progress' must be true or false, not 'yes'"),
     ({"progress": 1}, "'progress' must be true or false, not 1"),
+    ({"shift": 1}, "'shift' must be true or false, not 1"),
     ({"options": []}, "'options' must be an object, not a list"),
     ({"keep_alive": "soon"}, "'keep_alive' must be a number of seconds or a duration"),
     ({"keep_alive": True}, "'keep_alive' must be"),
@@ -86,6 +87,7 @@ WRONG_IN_GENERATE = [
     ({"progress": []}, "'progress' must be true or false, not a list"),
     ({"raw": True, "system": "x"}, "'raw' takes the prompt as it is"),
     ({"raw": "yes"}, "'raw' must be true or false"),
+    ({"shift": "yes"}, "'shift' must be true or false"),
     ({"suffix": "x"}, "'suffix' is not supported"),
     ({"images": ["aGk="]}, "'images' is not supported"),
     ({"context": [1, 2]}, "'context' is not supported"),
@@ -130,7 +132,7 @@ def test_openai_errors_name_the_field_in_param(house: House, fields: dict[str, o
     assert f"'{param}'" in error["message"]
 
 
-NOT_BUILT = ["tools", "format", "think", "logprobs", "top_logprobs", "shift"]
+NOT_BUILT = ["tools", "format", "think", "logprobs", "top_logprobs"]
 
 
 @pytest.mark.parametrize("field", NOT_BUILT)

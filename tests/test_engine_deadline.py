@@ -137,4 +137,4 @@ def test_a_prompt_that_ends_in_the_middle_of_a_call_keeps_the_calls_before(name:
         usage = list(again)[-1].usage
         assert usage is not None
         assert usage.cached_tokens > 0 or name == "mamba"
-    assert_a_fresh_engine_agrees(wide, [(len(asked.prompt), tuple(again._sequence.tokens))], 8)
+    assert_a_fresh_engine_agrees(wide, [again._sequence])

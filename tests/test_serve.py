@@ -215,6 +215,18 @@ def test_a_private_server_ends_when_its_input_closes(tmp_path: Path) -> None:
         assert process.wait(timeout=DEADLINE_S) == 0
 
 
+def test_an_answer_that_shifts_outgrows_its_context(tmp_path: Path, toys: dict[str, Path]) -> None:
+    server = started(tmp_path / "home", toys["llama"], RUSTLLAMA_NUM_CTX="256")
+    options = {"num_ctx": 64, "num_predict": 3 * 64, "temperature": 0}
+    for path, asked in (("/api/chat", CHAT), ("/api/generate", {"model": "toy", "prompt": "hello", "raw": True})):
+        reply = post(server, path, {**asked, "shift": True, "options": options}).json()
+        assert (reply["eval_count"], reply["done_reason"]) == (3 * 64, "length")
+        assert "tokens were dropped" in reply["warnings"][-1]
+        ended = post(server, path, {**asked, "options": options}).json()
+        assert ended["prompt_eval_count"] + ended["eval_count"] == 64
+    assert server.stop() == 0
+
+
 def test_a_killed_worker_comes_back_with_the_registry(toy_server: Server) -> None:
     response = stream(toy_server, 2000)
     os.kill(toy_server.worker_pid, signal.SIGKILL)

@@ -141,13 +141,17 @@ class Answers:
         )
 
 
+_MOST_CONTEXTS = 10  # of an answer that may go on in a full context, where the request names no bound; Ollama's too
+
+
 def _request(id: str, job: Job, record: ModelRecord, prompt: Prompt, num_ctx: int) -> GenerateRequest:
     return GenerateRequest(
         id=id,
         prompt=prompt.tokens,
         num_ctx=num_ctx,
-        max_tokens=job.options.max_tokens,
+        max_tokens=job.options.max_tokens or (_MOST_CONTEXTS * num_ctx if prompt.shift else None),
         stop=job.options.stops,
         sampling=job.options.sampling(recommended(record.info)),
         reproducible=bool(job.options.reproducible),
+        shift=prompt.shift,
     )

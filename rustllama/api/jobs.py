@@ -21,6 +21,7 @@ class Job:
     forget: bool = False  # an unload: the computed prompts too
     truncate: bool = True  # whether old turns may be left out
     progress: bool = False  # whether to tell what the first token waits for
+    shift: bool = False  # whether the answer may go on in a full context
     warnings: tuple[str, ...] = ()
 
     def telling(self, progress: bool, *, streamed: bool) -> Job:

@@ -26,7 +26,7 @@ Piece = Callable[[str], dict[str, object]]
 """The field of a reply that holds the text."""
 
 _NDJSON = "application/x-ndjson"
-_UNBUILT = ("format", "think", "logprobs", "top_logprobs", "shift")
+_UNBUILT = ("format", "think", "logprobs", "top_logprobs")
 _UNBUILT_IN_CHAT = dict.fromkeys(("tools", *_UNBUILT), ())
 _UNBUILT_IN_GENERATE = dict.fromkeys(("suffix", "images", "context", *_UNBUILT), ())
 
@@ -37,6 +37,7 @@ class Common(Struct, frozen=True):
     options: dict[str, object] = {}
     stream: bool = False
     progress: bool = False
+    shift: bool = False
     forget: bool = False
 
 
@@ -160,7 +161,7 @@ def _job(raw: Fields, asked: Common) -> Job:
     """What both endpoints have in common."""
     options, warnings = read_options(asked.options)
     job = Job(model_name(raw), options, keep_alive_s=keep_alive_s(raw), forget=asked.forget, warnings=warnings)
-    return job.telling(asked.progress, streamed=asked.stream)
+    return replace(job.telling(asked.progress, streamed=asked.stream), shift=asked.shift)
 
 
 def _turns(asked: GenerateBody) -> tuple[Turn, ...]:

@@ -7,11 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 
 from rustllama.api.jobs import Job
 from rustllama.api.requests import Turn
 from rustllama.bridge import offload
-from rustllama.core import Engine, ModelRecord, Span
+from rustllama.core import ContextShift, Engine, ModelRecord, Span
+from rustllama.engine import context_shift
 from rustllama.errors import ContextExceeded
 from rustllama.templates import ChatTemplate
 
@@ -20,6 +22,10 @@ _KEPT_TEMPLATES = 16
 _BYTES_PER_TOKEN = 64
 # A cut moves by this share of the context, so that the next turns begin with the same text and reuse it.
 _STEPS = 4
+
+_RAW_KEPT = 4  # tokens that a shift keeps of a raw prompt where `num_keep` says nothing: Ollama's
+_QUESTION = {"role": "user", "content": "?"}
+_EXCHANGE = (_QUESTION, {"role": "assistant", "content": "!"})
 
 _NO_TEMPLATE = "the model's file has no chat template: ChatML was used"
 
@@ -31,6 +37,7 @@ class Prompt:
     tokens: tuple[int, ...]
     truncated_messages: int = 0
     warnings: tuple[str, ...] = ()
+    shift: ContextShift | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,10 @@ def _raw(job: Job, prompt: str, engine: Engine, num_ctx: int) -> Prompt:
     """A prompt without a template: its special tokens are the client's own."""
     span = Span(prompt, trusted=True)
     text = _Text(render=lambda _: (span,), size_bytes=lambda _: len(prompt.encode()))
-    return Prompt(_fit(text, job, engine, num_ctx)[1])
+    tokens = _fit(text, job, engine, num_ctx)[1]
+    asked = _RAW_KEPT if job.options.num_keep is None else job.options.num_keep
+    keep = asked if 0 <= asked < len(tokens) else len(tokens)
+    return Prompt(tokens, shift=_with_room(ContextShift(keep), num_ctx) if job.shift else None)
 
 
 def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Prompt:
@@ -83,11 +93,33 @@ def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Pro
         starts=_starts(messages) if job.truncate else (0,),
     )
     start, tokens = _fit(text, job, engine, num_ctx)
-    left_out = len(messages) - len(_kept(messages, start))
+    kept = _kept(messages, start)
+    left_out = len(messages) - len(kept)
     warnings = [_NO_TEMPLATE] if template.uses_fallback else []
     if left_out:
         warnings.append(f"the {left_out} oldest messages of {len(messages)} were left out to fit {num_ctx} tokens")
-    return Prompt(tokens, left_out, tuple(warnings))
+    shift = _chat_shift(kept, template, engine, tokens, job.options.num_keep or 0) if job.shift else None
+    return Prompt(tokens, left_out, tuple(warnings), shift and _with_room(shift, num_ctx))
+
+
+def _chat_shift(
+    messages: Sequence[Turn], template: ChatTemplate, engine: Engine, tokens: tuple[int, ...], num_keep: int
+) -> ContextShift:
+    head = list(takewhile(lambda turn: turn["role"] == "system", messages))
+    asked, again = (
+        engine.tokenize(offload(template.render, [*head, *turns]), add_special=True)
+        for turns in ((_QUESTION,), (*_EXCHANGE, _QUESTION))
+    )
+    return context_shift.of_chat(tokens, asked, again, num_keep)
+
+
+def _with_room(shift: ContextShift, num_ctx: int) -> ContextShift:
+    if not context_shift.leaves_room(shift.keep, num_ctx):
+        raise ContextExceeded(
+            f"'shift' would keep {shift.keep} tokens, the system message and what 'num_keep' asks for, of a context of "
+            f"{num_ctx} tokens: keep less, or ask for a larger 'num_ctx'."
+        )
+    return shift
 
 
 def _size_bytes(turn: Turn) -> int:

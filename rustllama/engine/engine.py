@@ -15,7 +15,8 @@ from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, Store
 from rustllama.engine.recall import Recall
 from rustllama.engine.tally import ModelTally, Tally
 from rustllama.engine.turns import Share, Turns
-from rustllama.errors import OutOfMemory, RustllamaError
+from rustllama.errors import OutOfMemory, RustllamaError, Unsupported
+from rustllama.gguf.architectures import can_shift
 from rustllama.settings import Settings
 
 _LARGE_LANE_IDLE_S = 60.0
@@ -101,9 +102,17 @@ class LlamaEngine:
         self._lanes.append(self._open(n_ctx, 1))
 
     def submit(self, request: GenerateRequest) -> LaneStream:
+        if request.shift is not None:
+            self._check_shift(request)
         lane = self._lane_for(request.num_ctx)
         assert lane is not None, "a request is larger than every slot: reserve() comes first"
         return lane.submit(request, self._tally)
+
+    def _check_shift(self, request: GenerateRequest) -> None:
+        if not can_shift(self._info) or not self._lanes[0].can_shift:
+            raise Unsupported("'shift' is not possible with this model: send the request without it.", "shift")
+        if request.reproducible:
+            raise Unsupported("'shift' is not possible in a reproducible answer: ask for one of the two.", "shift")
 
     def state(self) -> EngineState:
         large = [memory.large_lane_bytes(self._info, self._settings, lane.shape.n_ctx) for lane in self._lanes[1:]]
@@ -162,7 +171,7 @@ class LlamaEngine:
     def _known(self) -> list[Tokens]:
         if not self._settings.reuse_text:
             return []
-        ended = [as_tokens(sequence.tokens) for lane in self._lanes for sequence in lane.ended]
+        ended = [as_tokens(s.tokens) for lane in self._lanes for s in lane.ended if not s.dropped]
         return ended + [saved.tokens for saved in self._store if saved.shape.digest == self._digest]
 
     def _tokenize(self, spans: tuple[Span, ...], add_special: bool, known: list[Tokens]) -> tuple[int, ...]:

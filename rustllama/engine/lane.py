@@ -93,6 +93,10 @@ class Lane:
         return sum(sequence.computed for sequence in self._scheduler.slots if sequence is not None)
 
     @property
+    def can_shift(self) -> bool:
+        return self._context.can_shift
+
+    @property
     def ended(self) -> list[Sequence]:
         """Sequences that are over, and whose state is still to be saved and cleared."""
         return self._scheduler.ended

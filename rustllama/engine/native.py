@@ -184,6 +184,7 @@ class Context:
         strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
         llama_cpp.llama_set_abort_callback(self._context, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
         self._memory = llama_cpp.llama_get_memory(self._context)
+        self.can_shift = bool(llama_cpp.llama_memory_can_shift(self._memory))
         self.n_slots = n_slots
         self.n_vocab = model.n_vocab
         self._rows = _Rows(int(params.n_batch))
@@ -222,6 +223,14 @@ class Context:
     def cut(self, slot: int, count: int) -> None:
         """Leaves the first `count` tokens; only where states may be cut (see `prefix_store.Cuts`)."""
         llama_cpp.llama_memory_seq_rm(self._memory, slot, count, -1)
+
+    def drop(self, slot: int, start: int, end: int) -> None:
+        """Forgets the positions from `start` to `end`; those behind close the gap.
+
+        Their keys are rotated by the next `decode`: nothing may be saved before it. Only where `can_shift`.
+        """
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, start, end)
+        llama_cpp.llama_memory_seq_add(self._memory, slot, end, -1, start - end)
 
     def move(self, source: int, target: int) -> None:
         """The state of `source` goes to the empty slot `target`."""

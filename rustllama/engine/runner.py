@@ -51,13 +51,14 @@ class Runner:
     def run(self, batch: Batch) -> Outcome:
         """One step, and further decode steps while nothing else is to be done."""
         kept = tuple(self._arrange(batch))
-        decode: tuple[Timing, ...] = ()
+        decode, shifted = tuple[Timing, ...](), False
         while batch.decode:
+            shifted = self._make_room(batch.decode)
             decode = tuple([self._decode(call) for call in batch.decode])
             ended = any(sequence.over for call in batch.decode for sequence in call.sequences)
             if batch.prompt or batch.awaited or ended or self.interrupted or not self._go_on():
                 break
-        return Outcome(decode, self._prompt(batch.prompt) if batch.prompt else None, kept)
+        return Outcome(() if shifted else decode, self._prompt(batch.prompt) if batch.prompt else None, kept)
 
     def measure(self, rows: int) -> float:
         """Milliseconds of a decode call on empty slots: a row in each, or all in the first where there are more."""
@@ -158,6 +159,13 @@ class Runner:
         sequence.tally.drafts_rejected += len(draft) - count
         if count < len(draft):
             self._context.cut(call.slot + place, sequence.computed)
+
+    def _make_room(self, calls: tuple[Call, ...]) -> bool:
+        """Whether some context was full, so that the first of the calls moves its cells."""
+        full = [(slot, s) for call in calls for slot, s in enumerate(call.sequences, call.slot) if s.is_full]
+        for slot, sequence in full:
+            self._context.drop(slot, *sequence.make_room())
+        return bool(full)
 
     def _sample(self, sequence: Sequence, row: int, now_ns: int) -> Delta:
         token = self._context.sample(self._samplers[sequence], row)

@@ -267,7 +267,7 @@ class Scheduler:
         for slot, sequence in enumerate(self.slots):
             if sequence is not None and sequence.over:
                 self.slots[slot] = None
-                keep = self.shelf is not None and self.shelf.wants(sequence.computed)
+                keep = self.shelf is not None and not sequence.dropped and self.shelf.wants(sequence.computed)
                 if keep:
                     self.leaving.append(sequence)
                 yield Clear(slot, sequence, keep)
@@ -331,7 +331,7 @@ class Scheduler:
         """Who holds, or will hold, the longest prefix. Nobody waits for one that came later and has not begun."""
         best = None
         for leader in [*self.running, *self.leaving]:
-            if leader is sequence or (not leader.computed and leader.order >= sequence.order):
+            if leader is sequence or leader.dropped or (not leader.computed and leader.order >= sequence.order):
                 continue
             shared = common_prefix(sequence.prompt[:-1], leader.transcript)
             if sequence.request.reproducible:

@@ -6,7 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rustllama.core import Delta, FinishReason, GenerateRequest, Reading, Usage
+from rustllama.core import ContextShift, Delta, FinishReason, GenerateRequest, Reading, Usage
+from rustllama.engine import context_shift
 from rustllama.engine.detokenizer import Detokenizer
 from rustllama.engine.drafts import Drafter
 from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
@@ -38,11 +39,13 @@ class Sequence:
     phase: Phase = Phase.QUEUED
     cancelled: bool = False  # set by the hub at any time; the native thread never resets it
     expired: bool = False  # likewise: its time is up, and the next token is the last one
-    tokens: list[int] = field(default_factory=list)  # prompt and answer
+    tokens: list[int] = field(default_factory=list)  # prompt and answer, less what was dropped
     computed: int = 0  # how many of the tokens llama.cpp's memory holds
     cached: int = 0  # how many of them came from what was computed before
     source: Source = Source.COMPUTED  # of those that came so
+    dropped: int = 0  # tokens that left a full context; its state is then of no use to others
     drafted: int = 0  # tokens of the answer that were drafts first
+    shift: ContextShift | None = None  # what may be dropped next
     order: int = 0  # of admission
     admitted_ns: int = 0
     first_token_ns: int = 0
@@ -56,6 +59,7 @@ class Sequence:
         self.tokens = list(self.request.prompt)
         self.prompt = as_tokens(self.request.prompt)
         self.detokenizer = Detokenizer(self.request.stop)
+        self.shift = self.request.shift
 
     @property
     def over(self) -> bool:
@@ -77,7 +81,7 @@ class Sequence:
 
     @property
     def room(self) -> int:
-        """Tokens that may still be generated."""
+        """Tokens that may still be generated before the answer ends or its context is full."""
         limit = self.request.max_tokens
         left = self.request.num_ctx - len(self.tokens)
         return left if limit is None else min(left, limit - self.answered)
@@ -91,7 +95,24 @@ class Sequence:
     @property
     def answered(self) -> int:
         """Tokens generated, an end-of-generation token included."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) + self.dropped - len(self.request.prompt)
+
+    @property
+    def is_full(self) -> bool:
+        """Its context has no place for the last token: `make_room` comes before the next decode."""
+        return len(self.tokens) > self.request.num_ctx
+
+    def make_room(self) -> tuple[int, int]:
+        """Drops tokens and returns the places where they were; llama.cpp's memory has to follow."""
+        assert self.shift is not None, "a full context without a shift ends the answer"
+        start, end = context_shift.cut(self.shift, self.computed)
+        self.shift = context_shift.after(self.shift, start, end)
+        del self.tokens[start:end]
+        self.computed -= end - start
+        self.dropped += end - start
+        if self.drafter is not None:
+            self.drafter = Drafter(self.tokens, self.drafter.trust)
+        return start, end
 
     def accept(self, token: int, piece: bytes | None, now_ns: int) -> Delta:
         """Takes a sampled token; `piece` None is the end of the generation. Returns what the client may see now."""
@@ -129,10 +150,18 @@ class Sequence:
     def _finish(self, ended: bool) -> FinishReason | None:
         if ended or self.detokenizer.stopped:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.expired or self.room <= 0 else None
+        full = self.shift is None and len(self.tokens) >= self.request.num_ctx
+        limit = self.request.max_tokens
+        enough = self.expired or (limit is not None and self.answered >= limit)
+        return FinishReason.LENGTH if full or enough else None
 
     def _warnings(self, finish: FinishReason) -> tuple[str, ...]:
-        return (_TIME_IS_UP,) if self.expired and finish is FinishReason.LENGTH else ()
+        told = []
+        if self.dropped:
+            told.append(f"{self.dropped} tokens were dropped to go on in a context of {self.request.num_ctx}")
+        if self.expired and finish is FinishReason.LENGTH:
+            told.append(_TIME_IS_UP)
+        return tuple(told)
 
     def usage(self) -> Usage:
         return Usage(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rustllama.core import ModelInfo
+
 Number = Callable[[str, int], int]  # a hyperparameter by its name without the architecture, and what it is if absent
 
 _NAMES_OF_GENERATIVE = """
@@ -45,6 +47,25 @@ _WINDOWS = {
     **dict.fromkeys(("modern-bert", "muse-glimmer", "olmo2", "plamo3", "smallthinker", "spark2_5", "step35"), 0),
     **{"exaone-moe": 128, "exaone4": 4096, "gemma2": 4096, "llama4": 8192},
 }
+
+# Architectures that end every key of every layer with a plain rotation by its position. llama.cpp's context shift takes
+# it of all others too and is then wrong without a word: some layers do not rotate, or multiply by a norm afterwards.
+_NAMES_OF_ROTATING = """
+arcee arctic bailingmoe bailingmoe2 chatglm codeshell command-r dbrx deci deepseek dots1 ernie4_5 ernie4_5-moe exaone
+falcon gemma glm4 gptneox granite granitemoe grovemoe internlm2 llama minicpm minimax-m2 mistral3 nanbeige nemotron olmo
+olmoe orion pangu-embedded phi2 phi3 phimoe qwen qwen2 qwen2moe qwen3 qwen3moe seed_oss stablelm starcoder2 xverse
+"""
+_ROTATING = frozenset(_NAMES_OF_ROTATING.split())
+
+
+def can_shift(info: ModelInfo) -> bool:
+    """Whether llama.cpp can rightly move the cells of a sequence to other positions (`build_graph_shift`).
+
+    YaRN and LongRoPE also scale the keys, and a shift of one sequence scales those of all sequences once more.
+    """
+    kind, factor = (info.metadata.get(f"{info.architecture}.rope.scaling.{key}") for key in ("type", "attn_factor"))
+    plain = kind in (None, "none", "linear") and factor in (None, 1.0)
+    return plain and info.architecture in _ROTATING and not info.sliding_window
 
 
 def sliding_window(architecture: str, number: Number) -> int:
