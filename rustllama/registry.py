@@ -1,4 +1,4 @@
-"""The names of models, in SQLite: what each stands for, and since when.
+"""The names of models, in SQLite: what each stands for, and since when; and facts that were learned of their files.
 
 Every function blocks on a disk: call it in a worker thread. Several threads and processes may share a database; what
 `put` or `delete` acknowledged survives the death of the process and of the machine. The model that the package carries
@@ -41,6 +41,7 @@ _PRAGMAS = {"journal_mode": "wal", "synchronous": "full"}
 _MIGRATIONS = (  # the database's user_version is the number of those that ran
     "CREATE TABLE model (canonical TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, modified_at TEXT NOT NULL,"
     " modified_ns INTEGER NOT NULL, digest TEXT NOT NULL, identity TEXT NOT NULL, info TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE fact (digest TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (digest, name)) WITHOUT ROWID",
 )
 
 
@@ -58,6 +59,14 @@ class _Row(peewee.Model):
     digest = peewee.TextField()
     identity = peewee.TextField()
     info = peewee.TextField()
+
+
+class _Fact(peewee.Model):
+    """What was measured or remembered of a file; `value` is JSON."""
+
+    digest = peewee.TextField()
+    name = peewee.TextField()
+    value = peewee.TextField()
 
 
 def check_name(name: str) -> str:
@@ -100,8 +109,10 @@ class Registry:
         self._bundled = bundled
         self._make_private()
         self._database = peewee.SqliteDatabase(str(path), pragmas=_PRAGMAS, timeout=busy_timeout_s)
-        meta = type("Meta", (), {"database": self._database, "table_name": "model"})
-        self._rows: type[_Row] = type("Row", (_Row,), {"Meta": meta})
+        meta = {"database": self._database, "table_name": "model"}
+        self._rows: type[_Row] = type("Row", (_Row,), {"Meta": type("Meta", (), meta)})
+        meta = {"database": self._database, "table_name": "fact", "primary_key": peewee.CompositeKey("digest", "name")}
+        self._facts: type[_Fact] = type("Fact", (_Fact,), {"Meta": type("Meta", (), meta)})
         try:
             with self._door():
                 self._migrate()
@@ -135,6 +146,18 @@ class Registry:
             deleted = self._rows.delete().where(self._rows.canonical == canonical(name)).execute()
         if not deleted:
             self.get(name)
+
+    def fact(self, digest: str, name: str) -> str | None:
+        """JSON, as it was kept; None where it never was."""
+        facts = self._facts
+        with self._door():
+            row = facts.get_or_none((facts.digest == digest) & (facts.name == name))
+        return None if row is None else str(row.value)
+
+    def keep_fact(self, digest: str, name: str, value: str) -> None:
+        """Of the file, whatever its names are; it stays when they are deleted."""
+        with self._door():
+            self._facts.insert(digest=digest, name=name, value=value).on_conflict_replace().execute()
 
     def close(self) -> None:
         """Closes this thread's connection; it opens again when it is needed."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import gevent
 import pytest
@@ -21,11 +23,14 @@ from rustllama.core import (
     Span,
     Stream,
 )
+from rustllama.engine.facts import Facts
 from rustllama.engine.manager import EngineManager, Lease
 from rustllama.engine.prefix_store import StoreState
 from rustllama.engine.tally import Tally, Unloaded
 from rustllama.errors import BadModelFile, Draining, InternalError, OutOfMemory, RustllamaError
+from rustllama.registry import Registry
 from rustllama.settings import FOREVER, Settings
+from tests.test_registry import NOWHERE
 
 MIB = 1024**2
 INFO = ModelInfo("llama", 1, "F32", 100 * MIB, ("/m",), 1, 4096, 64, 4, (2,), 16, 16, 512)
@@ -369,3 +374,11 @@ def test_a_client_that_leaves_while_a_model_is_freed_does_not_stop_that() -> Non
     with gevent.Timeout(5):
         while not factory.made[0].closed:
             gevent.sleep(0.005)
+
+
+def test_a_model_gets_as_many_slots_as_before_where_they_fit(tmp_path: Path) -> None:
+    with closing(Registry(tmp_path / "rustllama.db", bundled=NOWHERE)) as registry:
+        for facts, slots, expected in ((None, None, 16), (Facts(registry), 12, 12), (Facts(registry), None, 12)):
+            made = EngineManager(Settings(memory_limit=250 * MIB, slots=slots), factory := Factory(), facts)
+            made.acquire(record("a"))
+            assert factory.made[0].plan.n_slots == expected

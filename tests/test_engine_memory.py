@@ -51,6 +51,13 @@ def test_slots_that_were_asked_for_are_made_or_the_lack_is_told() -> None:
     assert "slots instead of 12" in few.warnings[0]
 
 
+@pytest.mark.parametrize(("before", "gib", "slots"), [(6, 16, 6), (6, 0.9, 2), (2, 0.8, 2), (2, 16, 5), (99, 16, 5)])
+def test_the_slots_of_an_earlier_load_are_made_again_while_they_fit(before: int, gib: float, slots: int) -> None:
+    made = memory.plan(SMALL, Settings(), int(gib * GIB), squeeze=True, slots_before={8192: before, 4096: 3})
+    assert made is not None
+    assert made.n_slots == slots
+
+
 def test_a_context_is_never_longer_than_what_was_trained() -> None:
     assert plan(replace(SMALL, context_length=1000), 16).n_ctx == 1024
 

@@ -18,7 +18,7 @@ import pytest
 
 from rustllama.core import FileIdentity, ModelInfo, ModelRecord
 from rustllama.errors import BadRequest, DiskFull, InternalError, ModelNotFound, SettingError, Unavailable
-from rustllama.registry import Registry, canonical, check_name, examine, timestamp
+from rustllama.registry import _MIGRATIONS, Registry, canonical, check_name, examine, timestamp
 from tests.toys import write_toy
 
 INFO = ModelInfo(
@@ -293,6 +293,25 @@ def test_processes_may_share_a_database_and_die(tmp_path: Path, start: Start) ->
     assert {f"{name}-{n}" for name, last in acknowledged.items() for n in range(last + 1)} <= there
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_facts_of_a_file_are_kept_by_name_and_replaced(start: Start) -> None:
+    registry = start()
+    registry.keep_fact("d1", "slots", "1")
+    registry.keep_fact("d1", "slots", "2")
+    registry.keep_fact("d1", "other", "3")
+    assert [start().fact("d1", name) for name in ("slots", "other", "none")] == ["2", "3", None]
+    assert registry.fact("d2", "slots") is None
+
+
+def test_a_database_of_an_older_version_learns_what_is_new(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "home").mkdir()
+    with closing(sqlite3.connect(tmp_path / "home" / "rustllama.db")) as older:
+        older.execute(_MIGRATIONS[0])
+        older.execute("PRAGMA user_version = 1")
+    registry = start()
+    registry.keep_fact("d", "n", "1")
+    assert (names(registry), registry.fact("d", "n")) == ([], "1")
 
 
 def test_a_read_only_database_is_told_and_can_be_read(registry: Registry) -> None:

@@ -14,6 +14,7 @@ from rustllama.api.metrics import Metrics
 from rustllama.api.models import Models
 from rustllama.api.ollama import Ollama
 from rustllama.api.openai import OpenAI
+from rustllama.engine.facts import Facts
 from rustllama.engine.manager import EngineFactory, EngineManager
 from rustllama.registry import Registry
 from rustllama.settings import Settings
@@ -26,12 +27,14 @@ def create_app(
 
     Called in the process that serves. Raises SettingError where the registry cannot be opened.
     """
+    registry = registry or Registry(settings.database_path)
+    facts = Facts(registry)
     if engine_factory is None:
         from rustllama.engine.engine import LlamaEngines  # llama.cpp: only where no other engine is given
 
-        engine_factory = LlamaEngines(settings)
-    manager = EngineManager(settings, engine_factory)
-    catalog = Catalog(settings, registry or Registry(settings.database_path), manager)
+        engine_factory = LlamaEngines(settings, facts)
+    manager = EngineManager(settings, engine_factory, facts)
+    catalog = Catalog(settings, registry, manager)
     answers = Answers(catalog, manager, engine_factory.tally, reproducible=settings.reproducible)
     app = Flask("rustllama", static_folder=None)
     app.extensions["rustllama"] = manager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
 from rustllama.engine import memory
+from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import Model, gpu_layers
@@ -27,9 +28,10 @@ class LlamaEngines:
     turns in it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, facts: Facts | None = None) -> None:
         self.tally = Tally()
         self._settings = settings
+        self._facts = facts or Facts()
         self._native = bridge.NativeThreads(1)
         self._turns = Turns()
         self._store = PrefixStore(memory.prompt_cache_bytes(settings))

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Protocol
 from rustllama import bridge
 from rustllama.core import Engine, EngineState, FileIdentity, Loading, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
 from rustllama.engine import memory
+from rustllama.engine.facts import Facts
 from rustllama.engine.loading import LoadGauge
 from rustllama.engine.machine import free_memory_bytes
 from rustllama.engine.prefix_store import StoreState
@@ -23,6 +24,7 @@ from rustllama.errors import Cancelled, Draining, InternalError, RustllamaError
 from rustllama.settings import Settings
 
 _DRAIN_POLL_S = 0.05
+_SLOTS = "slots"  # a fact: by the tokens of a slot, how many there were
 _log = logging.getLogger("rustllama.manager")
 
 
@@ -115,10 +117,11 @@ class Lease:
 class EngineManager:
     """One for the process, made by the application factory. All methods are called from greenlets of its hub."""
 
-    def __init__(self, settings: Settings, engine_factory: EngineFactory) -> None:
+    def __init__(self, settings: Settings, engine_factory: EngineFactory, facts: Facts | None = None) -> None:
         self.draining = False
         self._settings = settings
         self._factory = engine_factory
+        self._facts = facts or Facts()
         self._entries: dict[tuple[str, FileIdentity], _Entry] = {}
         self._loading = bridge.RLock()  # one load at a time, so that memory is counted once
         self._released = bridge.Event()
@@ -221,9 +224,7 @@ class EngineManager:
             with self._loading:
                 if not entry.references:
                     raise Cancelled
-                entry.plan = self._make_room(entry.record.info)
-                _log.info("loading %s: %s", entry.record.name, entry.plan)
-                entry.engine = self._make(entry, entry.plan)
+                entry.engine = self._make(entry)
         except RustllamaError as error:
             entry.error = error
         finally:
@@ -236,25 +237,31 @@ class EngineManager:
             if not entry.references:
                 self._retire_when_idle(entry)  # all who waited have left
 
-    def _make(self, entry: _Entry, plan: MemoryPlan) -> Engine:
+    def _make(self, entry: _Entry) -> Engine:
+        record = entry.record
+        slots_before = self._facts.get(record.digest, _SLOTS, dict[int, int]) or {}
+        entry.plan = plan = self._make_room(record.info, slots_before)
+        _log.info("loading %s: %s", record.name, plan)
         started_ns = time.perf_counter_ns()
         entry.gauge.start()
-        engine = self._factory(entry.record, entry.options, plan, entry.gauge.tell)
+        engine = self._factory(record, entry.options, plan, entry.gauge.tell)
         entry.gauge.tell(1.0)
         self._tally(entry).loads.observe(time.perf_counter_ns() - started_ns)
+        if slots_before.get(plan.n_ctx) != plan.n_slots:
+            self._facts.keep(record.digest, _SLOTS, {**slots_before, plan.n_ctx: plan.n_slots})
         return engine
 
     def _tally(self, entry: _Entry) -> ModelTally:
         return self._factory.tally.models[entry.record.name]
 
-    def _make_room(self, info: ModelInfo) -> MemoryPlan:
+    def _make_room(self, info: ModelInfo, slots_before: Mapping[int, int]) -> MemoryPlan:
         """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
         while True:
             available = self._available()
-            plan = memory.plan(info, self._settings, available, squeeze=False)
+            plan = memory.plan(info, self._settings, available, squeeze=False, slots_before=slots_before)
             if plan is None and self._evict():
                 continue
-            plan = plan or memory.plan(info, self._settings, available, squeeze=True)
+            plan = plan or memory.plan(info, self._settings, available, squeeze=True, slots_before=slots_before)
             if plan is not None:
                 return plan
             if not self.loaded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from rustllama.core import MemoryPlan, ModelInfo
@@ -18,8 +19,19 @@ _COMFORT_BYTES = 1024**3  # of KV cache: clearing more makes the first answer la
 _GIB = 1024**3
 
 
-def plan(info: ModelInfo, settings: Settings, available_bytes: int, *, squeeze: bool) -> MemoryPlan | None:
-    """The layout of a model in that much memory, or None; `squeeze` allows contexts down to SMALLEST_CTX."""
+def plan(
+    info: ModelInfo,
+    settings: Settings,
+    available_bytes: int,
+    *,
+    squeeze: bool,
+    slots_before: Mapping[int, int] | None = None,
+) -> MemoryPlan | None:
+    """The layout of a model in that much memory, or None; `squeeze` allows contexts down to SMALLEST_CTX.
+
+    `slots_before`: by the tokens of a slot, how many there were when it was loaded before. A saved state is refused by
+    a context of another number, so that this one is kept where it fits, unless twice as many would be there now.
+    """
     usual = _usual_ctx(info, settings)
     smallest = min(usual, SMALLEST_CTX) if squeeze else usual
     n_ctx = usual
@@ -29,7 +41,8 @@ def plan(info: ModelInfo, settings: Settings, available_bytes: int, *, squeeze: 
     if needed > available_bytes:
         return None
     warnings = () if n_ctx == usual else (f"memory is short: the context is {n_ctx} tokens instead of {usual}",)
-    return _with_slots(MemoryPlan(n_ctx, 1, needed, warnings), info, settings, available_bytes)
+    one = MemoryPlan(n_ctx, 1, needed, warnings)
+    return _with_slots(one, info, settings, available_bytes, (slots_before or {}).get(n_ctx))
 
 
 def mapped_plan(info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:
@@ -80,11 +93,15 @@ def _usual_ctx(info: ModelInfo, settings: Settings) -> int:
     return padded(min(settings.num_ctx, info.context_length or settings.num_ctx))
 
 
-def _with_slots(one: MemoryPlan, info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:
+def _with_slots(
+    one: MemoryPlan, info: ModelInfo, settings: Settings, available_bytes: int, before: int | None
+) -> MemoryPlan:
     spare = available_bytes - one.size_bytes
     each = _slot_bytes(info, settings, one.n_ctx)
     if settings.slots is None:
         most = min(MOST_SLOTS, 1 + min(spare // 2, max(0, _COMFORT_BYTES - each)) // max(1, each))
+        if before is not None and most < 2 * before and before <= min(MOST_SLOTS, 1 + spare // max(1, each)):
+            most = before
     else:
         most = min(settings.slots, 1 + spare // max(1, each))
     size = info.size_bytes + _lane_bytes(info, settings, one.n_ctx, most)
