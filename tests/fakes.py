@@ -157,6 +157,7 @@ class FakeEngines:
     options: list[LoadOptions] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
+    prompt_cache_bytes: int = 0
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)

@@ -78,6 +78,7 @@ class Factory:
     before: Callable[[], None] = lambda: None
     forgotten: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
+    prompt_cache_bytes: int = 0
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)

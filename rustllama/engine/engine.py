@@ -36,6 +36,10 @@ class LlamaEngines:
         self._turns = Turns()
         self._store = PrefixStore(memory.prompt_cache_bytes(settings))
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        return self._store.limit_bytes
+
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None] | None = None
     ) -> LlamaEngine:

@@ -33,6 +33,10 @@ class EngineFactory(Protocol):
 
     tally: Tally
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """Memory that computed prompts may take, apart from the engines."""
+
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None], /
     ) -> Engine:
@@ -126,7 +130,7 @@ class EngineManager:
         self._loading = bridge.RLock()  # one load at a time, so that memory is counted once
         self._released = bridge.Event()
         limit = settings.memory_limit or free_memory_bytes()
-        self._limit_bytes = limit - min(limit, memory.prompt_cache_bytes(settings))
+        self._limit_bytes = limit - min(limit, engine_factory.prompt_cache_bytes)
 
     def acquire(
         self,
