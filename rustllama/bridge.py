@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import _socket
 import _thread
+import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from queue import Empty
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -31,6 +33,7 @@ T = TypeVar("T")
 NATIVE_STACK_BYTES = 512 * 1024**2
 FILE_THREADS = 8
 SAMPLE_S = 0.1
+BACKGROUND_NICE = 10  # not more: a thread that hardly runs may hold the interpreter's lock
 
 
 class _Outcome(Generic[T]):
@@ -87,6 +90,20 @@ def _file_threads() -> NativeThreads:
 def offload(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs a blocking function (files, SQLite, templates, tokenizers, loads) in a worker thread."""
     return _file_threads().call(fn, *args, **kwargs)
+
+
+@cache
+def _background_thread() -> NativeThreads:
+    thread = NativeThreads(1)
+    if sys.platform == "linux":  # elsewhere this would be of the whole process
+        with suppress(OSError):
+            thread.call(os.setpriority, os.PRIO_PROCESS, 0, BACKGROUND_NICE)
+    return thread
+
+
+def background(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs a blocking function in the one thread for what nobody waits for, which leaves the cores to others."""
+    return _background_thread().call(fn, *args, **kwargs)
 
 
 def spawn(fn: Callable[[], None]) -> None:

@@ -116,6 +116,9 @@ class Settings:
         None,
         "memory for computed prompts, within the limit; 0: none are kept or shared; default: a tenth, at most 1 GiB",
     )
+    prompt_cache_disk: int = _setting(
+        parse_size_bytes, 0, "disk for computed prompts, so that they survive a restart; 0: none are written"
+    )
     reuse_text: bool = _setting(_yes, True, "take what a model wrote as the tokens it wrote when its text comes back")
     reproducible: bool = _setting(_yes, False, "give every answer bit for bit the same, whatever else runs: slower")
     speculation: bool = _setting(_yes, True, "draft what an answer quotes of its conversation, where that is faster")
@@ -171,6 +174,11 @@ class Settings:
     @property
     def database_path(self) -> Path:
         return self.home_path / "rustllama.db"
+
+    @property
+    def prompts_path(self) -> Path:
+        """The folder of what `prompt_cache_disk` keeps."""
+        return self.home_path / "prompts"
 
 
 def variable_of(name: str) -> str:

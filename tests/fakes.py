@@ -158,12 +158,16 @@ class FakeEngines:
     forgotten: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     prompt_cache_bytes: int = 0
+    flushed: bool = False
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
 
     def stores(self) -> tuple[StoreState, ...]:
         return ()
+
+    def flush(self) -> None:
+        self.flushed = True
 
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None]

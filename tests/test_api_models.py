@@ -253,3 +253,13 @@ def test_counts_of_parameters_are_short(count: int, words: str) -> None:
 @pytest.mark.parametrize(("name", "full"), [("x", "x:latest"), ("x:1b", "x:1b"), ("a/x", "a/x:latest")])
 def test_a_full_name_has_a_tag(name: str, full: str) -> None:
     assert tagged(name) == full
+
+
+def test_what_a_model_computed_is_forgotten_with_its_last_name(house: House, gguf_file: Path) -> None:
+    for name in ("a", "b"):
+        ok(house.post("/api/create", name=name, modelpath=str(gguf_file)))
+    digest = house.registry.get("a").digest
+    ok(house.send("/api/delete", b'{"name":"a"}', "DELETE"))
+    assert house.engines.forgotten == []
+    ok(house.send("/api/delete", b'{"name":"b"}', "DELETE"))
+    assert house.engines.forgotten == [digest]

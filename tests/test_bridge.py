@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import socket
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def test_all_threads_of_a_pool_have_that_room_from_the_start() -> None:
     threads = bridge.NativeThreads(5)
     assert len(list(Path("/proc/self/task").iterdir())) == before + 5
     threads.close()
+
+
+def test_what_nobody_waits_for_leaves_the_cores_to_others() -> None:
+    assert bridge.background(os.getpriority, os.PRIO_PROCESS, 0) == bridge.BACKGROUND_NICE
+    assert bridge.offload(os.getpriority, os.PRIO_PROCESS, 0) == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_the_worker_leaves_locks_as_they_are() -> None:

@@ -199,7 +199,7 @@ def test_the_context_of_a_request_that_names_a_whole_slot_shifts_too(engine: Lla
 def test_nothing_is_reused_of_a_sequence_that_was_shifted(engine: LlamaEngine) -> None:
     finish(engine, shifting(1, WAYS["raw"]))
     until_idle(engine)
-    assert len(list(engine._store)) == 0
+    assert len(list(engine._shared.store)) == 0
     assert cached(engine, said(1, 80)) == 0
 
 

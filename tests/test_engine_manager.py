@@ -49,7 +49,7 @@ class FakeEngine:
     ended: RustllamaError | None = None
     close_s: float = 0.0
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool) -> tuple[int, ...]:
+    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
         raise NotImplementedError
 
     def submit(self, request: GenerateRequest) -> Stream:
@@ -79,12 +79,16 @@ class Factory:
     forgotten: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     prompt_cache_bytes: int = 0
+    flushed: bool = False
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
 
     def stores(self) -> tuple[StoreState, ...]:
         return ()
+
+    def flush(self) -> None:
+        self.flushed = True
 
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None]
@@ -354,6 +358,14 @@ def test_draining_refuses_new_requests_and_ends_what_outlasts_the_timeout() -> N
     lease.release()
 
 
+def test_a_drain_frees_what_is_idle_and_then_puts_prompts_on_disk() -> None:
+    made = manager(factory := Factory())
+    made.acquire(record("a")).release()
+    made.drain(timeout_s=1)
+    assert factory.made[0].closed
+    assert factory.flushed
+
+
 def test_a_replaced_file_is_another_model_while_the_old_one_ends() -> None:
     made, old = manager(Factory(), limit_mib=900), record("a")
     lease = made.acquire(old)
@@ -380,6 +392,7 @@ def test_a_client_that_leaves_while_a_model_is_freed_does_not_stop_that() -> Non
 def test_a_model_gets_as_many_slots_as_before_where_they_fit(tmp_path: Path) -> None:
     with closing(Registry(tmp_path / "rustllama.db", bundled=NOWHERE)) as registry:
         for facts, slots, expected in ((None, None, 16), (Facts(registry), 12, 12), (Facts(registry), None, 12)):
-            made = EngineManager(Settings(memory_limit=250 * MIB, slots=slots), factory := Factory(), facts)
+            factory = Factory()
+            made = EngineManager(Settings(memory_limit=250 * MIB, slots=slots), factory, facts)
             made.acquire(record("a"))
             assert factory.made[0].plan.n_slots == expected

@@ -145,5 +145,5 @@ def test_conversations_at_random_answer_as_a_fresh_engine_does(
     assert caplog.records == [], "no step failed, and no state was refused"
     assert len(world.sequences) > len(world.ended) > TALKS / 2
     assert sum(sequence.cached > 0 for sequence in world.ended) >= 5
-    assert world.engines._store.used_bytes > STORE_BYTES / 2, "there was room for everything"
+    assert world.engines._shared.store.used_bytes > STORE_BYTES / 2, "there was room for everything"
     assert world.respelled > 0

@@ -50,7 +50,7 @@ def run(engine: LlamaEngine, asked: GenerateRequest) -> tuple[tuple[int, ...], U
 
 def written(engine: LlamaEngine, asked: GenerateRequest) -> Written:
     """Alone, with nothing remembered."""
-    engine._store.forget("")
+    engine._shared.store.forget("")
     tokens, _ = run(engine, asked)
     until_idle(engine)
     return tokens, state_of(engine, tokens)
@@ -58,7 +58,7 @@ def written(engine: LlamaEngine, asked: GenerateRequest) -> Written:
 
 def state_of(engine: LlamaEngine, tokens: tuple[int, ...]) -> bytes:
     """What was saved, as it is written from slot 0: a state names the slot that it came from."""
-    state = next(saved.state for saved in engine._store if tuple(saved.tokens) == tokens)
+    state = next(saved.state for saved in engine._shared.store if tuple(saved.tokens) == tokens)
     context = engine._lanes[0]._context
 
     def moved() -> bytes:
@@ -67,11 +67,11 @@ def state_of(engine: LlamaEngine, tokens: tuple[int, ...]) -> bytes:
         context.clear(0)
         return written
 
-    return engine._native.call(moved)
+    return engine._shared.native.call(moved)
 
 
 def together(engine: LlamaEngine, asked: list[GenerateRequest]) -> list[tuple[tuple[int, ...], Usage]]:
-    engine._store.forget("")
+    engine._shared.store.forget("")
     running = [gevent.spawn(run, engine, request) for request in asked]
     gevent.joinall(running, raise_error=True)
     until_idle(engine)
@@ -96,7 +96,7 @@ def test_an_answer_is_the_same_to_the_last_bit_in_any_crowd(engine: LlamaEngine,
     asked = sampled(said(1, length))
     alone = written(engine, asked)
     for seed in range(3):
-        engine._store.forget("")
+        engine._shared.store.forget("")
         others = [gevent.spawn(crowd, engine, 10 * seed + i) for i in range(5)]
         gevent.sleep(0.003 * seed)
         tokens, _ = run(engine, asked)
@@ -115,7 +115,7 @@ def test_a_crowd_shows_in_an_answer_that_did_not_ask_for_the_same_bits(engine: L
 def test_what_is_reused_is_exact(engine: LlamaEngine) -> None:
     asked = sampled(said(1, 100) + said(2, 40))
     alone = written(engine, asked)
-    engine._store.forget("")
+    engine._shared.store.forget("")
     run(engine, sampled(said(1, 100) + said(3, 20)))
     until_idle(engine)
     tokens, usage = run(engine, asked)

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("gguf", "templates", "registry", "probe"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
-    "engine.facts": "live engine",
+    **dict.fromkeys(("engine.facts", "engine.disk_store"), "live engine"),
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),

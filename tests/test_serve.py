@@ -246,6 +246,23 @@ def test_what_was_acknowledged_survives_a_kill_of_everything(tmp_path: Path, slo
     assert again.stop() == 0
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_conversation_goes_on_where_it_was_after_a_restart(tmp_path: Path, slow_toy: Path, killed: bool) -> None:
+    home, environ = tmp_path / "home", {"RUSTLLAMA_PROMPT_CACHE_DISK": "1GiB"}
+    server, turns = started(home, slow_toy, **environ), [{"role": "user", "content": "hello, " * 50}]
+    first = ask(server, 20, messages=turns).json()
+    if killed:
+        post(server, "/api/chat", {"model": "toy", "keep_alive": 0})
+        until(lambda: list((home / "prompts").glob("*.state")) != [])
+        os.kill(server.worker_pid, signal.SIGKILL)
+        server.process.kill()
+    server.stop()
+    again = start_server(home, environ=environ)
+    turns += [first["message"], {"role": "user", "content": "and now?"}]
+    assert ask(again, 5, messages=turns).json()["prompt_eval_cached_count"] >= first["prompt_eval_count"] > 64
+    assert again.stop() == 0
+
+
 def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy_server: Server) -> None:
     """A tenth of the thousand that `rustllama bench --leave 1000` makes."""
     stream(toy_server, 5).content  # noqa: B018 - the model and the threads are there now

@@ -40,14 +40,14 @@ class Catalog:
         absolute = Path(os.path.abspath(os.path.expanduser(path)))
         replaced = self._examine_and_put(name, absolute)
         if replaced is not None:
-            self._manager.unload(replaced)
+            self._let_go(replaced)
 
     def delete(self, name: str) -> None:
         """Raises ModelNotFound. The file stays."""
         with self._examining:  # or what is examined again would come back
             record = self.get(name)
             offload(self._registry.delete, name)
-        self._manager.unload(record)
+        self._let_go(record)
 
     def current(self, name: str) -> ModelRecord:
         """The record to load: as `get`, but proved again when the file is not the one that was examined.
@@ -56,6 +56,11 @@ class Catalog:
         """
         record, unchanged = offload(self._look, name)
         return record if unchanged else self._examined_again(name)
+
+    def _let_go(self, record: ModelRecord) -> None:
+        """Its computed prompts leave too, unless the file has another name."""
+        forget = all(other.digest != record.digest for other in self.list())
+        self._manager.unload(record, forget=forget)
 
     def _examined_again(self, name: str) -> ModelRecord:
         with self._examining:  # a crowd of requests proves it once

@@ -93,7 +93,7 @@ def ps() -> None:
 
 @click.command(epilog="\b\nExample:\n  rustllama stop llama3.2")
 @click.argument("name")
-@click.option("--forget", is_flag=True, help="Its computed prompts too, which stay in memory otherwise.")
+@click.option("--forget", is_flag=True, help="Its computed prompts too, which are kept otherwise.")
 def stop(name: str, forget: bool) -> None:
     """Unload a model from memory; running answers end first."""
     _client().unload(name, forget=forget)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
 from rustllama.engine import memory
+from rustllama.engine.disk_store import DiskStore
 from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
-from rustllama.engine.native import Model, gpu_layers
+from rustllama.engine.native import BUILD, Model, gpu_layers
 from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, StoreState, Tokens, as_tokens
 from rustllama.engine.recall import Recall
-from rustllama.engine.tally import ModelTally, Tally
+from rustllama.engine.state_folder import StateFolder
+from rustllama.engine.tally import Tally
 from rustllama.engine.turns import Share, Turns
 from rustllama.errors import OutOfMemory, RustllamaError, Unsupported
 from rustllama.gguf.architectures import can_shift
@@ -23,36 +26,49 @@ from rustllama.settings import Settings
 _LARGE_LANE_IDLE_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the engines of a process have in common."""
+
+    settings: Settings
+    facts: Facts
+    native: bridge.NativeThreads
+    turns: Turns
+    store: PrefixStore
+    disk: DiskStore
+    tally: Tally
+
+
 class LlamaEngines:
     """Makes engines that share one native thread, so that no two models compute at once on the same cores, and take
     turns in it.
     """
 
     def __init__(self, settings: Settings, facts: Facts | None = None) -> None:
+        store = PrefixStore(memory.prompt_cache_bytes(settings))
+        disk = DiskStore(StateFolder(settings.prompts_path, settings.prompt_cache_disk, BUILD), store)
         self.tally = Tally()
-        self._settings = settings
-        self._facts = facts or Facts()
-        self._native = bridge.NativeThreads(1)
-        self._turns = Turns()
-        self._store = PrefixStore(memory.prompt_cache_bytes(settings))
+        self._shared = Shared(settings, facts or Facts(), bridge.NativeThreads(1), Turns(), store, disk, self.tally)
 
     @property
     def prompt_cache_bytes(self) -> int:
-        return self._store.limit_bytes
+        return self._shared.store.limit_bytes
 
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None] | None = None
     ) -> LlamaEngine:
         """See `manager.EngineFactory`."""
-        tally = self.tally.models[record.name]
-        share = Share(self._turns)
-        return LlamaEngine(record, options, plan, self._settings, self._native, share, self._store, tally, tell)
+        return LlamaEngine(record, options, plan, self._shared, tell)
 
     def stores(self) -> tuple[StoreState, ...]:
-        return (self._store.state(),)
+        return (self._shared.store.state(),)
 
     def forget(self, digest: str) -> None:
-        self._store.forget(digest)
+        self._shared.store.forget(digest)
+        self._shared.disk.forget(digest)
+
+    def flush(self) -> None:
+        self._shared.disk.flush()
 
 
 class LlamaEngine:
@@ -63,21 +79,17 @@ class LlamaEngine:
         record: ModelRecord,
         options: LoadOptions,
         plan: MemoryPlan,
-        settings: Settings,
-        native: bridge.NativeThreads,
-        share: Share,
-        store: PrefixStore,
-        tally: ModelTally,
+        shared: Shared,
         tell: Callable[[float], None] | None,
     ) -> None:
+        settings = shared.settings
         self._info = record.info
         self._digest = record.digest
-        self._store = store
-        self._tally = tally
+        self._shared = shared
+        self._share = Share(shared.turns)
+        self._tally = shared.tally.models[record.name]
         self._plan = plan
         self._settings = settings
-        self._native = native
-        self._share = share
         self._n_threads = options.num_thread or settings.num_thread or physical_cores()
         self._n_batch = options.num_batch or settings.num_batch
         wanted = settings.num_gpu if options.num_gpu is None else options.num_gpu
@@ -143,25 +155,31 @@ class LlamaEngine:
         for lane in self._lanes:
             lane.close()
         bridge.offload(self._model.close)
+        bridge.spawn(self._shared.disk.flush)
 
     def check_integrity(self) -> None:
         """See `Lane.check_integrity`."""
         for lane in self._lanes:
             lane.check_integrity()
-        self._store.check_integrity()
+        self._shared.store.check_integrity()
+        self._shared.disk.check_integrity()
 
     def _open(self, n_ctx: int, n_slots: int) -> Lane:
         may_draft = self._settings.speculation and Cuts.of(self._info) == Cuts()
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft)
         context = bridge.offload(Lane.open, self._model, shape, self._settings)
-        return Lane(self._model, context, shape, self._settings, self._native, self._share, self._shelf(shape))
+        return Lane(self._model, context, shape, self._settings, self._shared.native, self._share, self._shelf(shape))
 
     def _shelf(self, lane: LaneShape) -> Shelf | None:
-        if not self._store.limit_bytes:
+        store, disk = self._shared.store, self._shared.disk if self._settings.prompt_cache_disk else None
+        if not store.limit_bytes:
             return None
         flash, numbers = self._settings.flash_attention, self._settings.kv_cache_type
         shape = Shape(self._digest, lane.n_ctx, lane.n_slots, flash, numbers)
-        return Shelf(self._store, shape, Cuts.of(self._info), memory.token_bytes(self._info, self._settings))
+        cuts = Cuts.of(self._info)
+        if disk is not None:
+            disk.open(shape, cuts)
+        return Shelf(store, shape, cuts, memory.token_bytes(self._info, self._settings), disk)
 
     def _lane_for(self, num_ctx: int) -> Lane | None:
         fitting = [lane for lane in self._lanes if lane.shape.n_ctx >= num_ctx]
@@ -178,7 +196,8 @@ class LlamaEngine:
         if not self._settings.reuse_text:
             return []
         ended = [as_tokens(s.tokens) for lane in self._lanes for s in lane.ended if not s.dropped]
-        return ended + [saved.tokens for saved in self._store if saved.shape.digest == self._digest]
+        saved = [saved.tokens for saved in self._shared.store if saved.shape.digest == self._digest]
+        return [*ended, *saved, *self._shared.disk.known(self._digest)]
 
     def _tokenize(self, spans: tuple[Span, ...], add_special: bool, known: list[Tokens]) -> tuple[int, ...]:
         """What the model wrote stays as it wrote it: see `recall`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
 from rustllama.engine.prefix_store import Shelf
 from rustllama.engine.runner import Deltas, Runner
-from rustllama.engine.scheduler import Scheduler
+from rustllama.engine.scheduler import Fetch, Scheduler
 from rustllama.engine.sequence import Sequence
 from rustllama.engine.tally import ModelTally
 from rustllama.engine.turns import Claim, Share
@@ -57,6 +58,7 @@ class Lane:
         self._granted = bridge.Event()
         self._claim = Claim(share, self._granted.set)
         self._context = context
+        self._shelf = shelf
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
         self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
         self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
@@ -176,6 +178,8 @@ class Lane:
         """Runs a batch; False when there is nothing to do."""
         self._runner.interrupted = False
         batch = self._scheduler.plan(time.perf_counter_ns())
+        while self._scheduler.fetches:
+            bridge.spawn(functools.partial(self._fetch, self._scheduler.fetches.pop()))
         if batch is None:
             self._work.clear()
             return False
@@ -211,6 +215,15 @@ class Lane:
                 cost.measured(rows, ms)
                 spent_ms += ms
         self._work.wait()
+
+    def _fetch(self, fetch: Fetch) -> None:
+        assert self._shelf is not None
+        assert self._shelf.disk is not None
+        try:
+            self._shelf.disk.fetch(fetch.stored)
+        finally:
+            fetch.goes_on = False
+            self._wake()
 
     def _fail(self, error: Exception) -> None:
         """The step was lost, and with it the state of all who took part; those in the queue go on."""

@@ -51,6 +51,9 @@ class EngineFactory(Protocol):
     def stores(self) -> tuple[StoreState, ...]:
         """Where computed prompts are kept."""
 
+    def flush(self) -> None:
+        """Puts on disk what is to outlive the process, where that is switched on."""
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
@@ -210,6 +213,9 @@ class EngineManager:
         for entry in self._busy:
             if entry.engine is not None:
                 entry.engine.end_all(Draining("the server is shutting down before this answer could end."))
+        for entry in list(self._entries.values()):
+            self._expire(entry)  # an engine that closes has saved what ended just now
+        self._factory.flush()
 
     @property
     def _busy(self) -> list[_Entry]:
@@ -336,7 +342,7 @@ class EngineManager:
         self._tally(entry).unloads[why] += 1
         bridge.shielded(engine.close)
         if entry.forget:
-            self._factory.forget(entry.record.digest)
+            bridge.shielded(functools.partial(self._factory.forget, entry.record.digest))
         self._released.set()
 
     def _forget(self, entry: _Entry) -> None:

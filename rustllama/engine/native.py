@@ -46,6 +46,15 @@ llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
+def _build() -> str:
+    commit = _ggml.libggml.ggml_commit
+    commit.restype = ctypes.c_char_p
+    return f"{llama_cpp.__version__} {commit().decode()}"
+
+
+BUILD = _build()  # which llama.cpp this is: no other one reads the states that it saves
+
+
 class Aborted(Exception):
     """A prompt call was ended by `Context.abort`; its sequence has to be cleared."""
 

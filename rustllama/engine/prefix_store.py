@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ Tokens = npt.NDArray[np.int32]
 
 EXACT_CHUNK = 32  # tokens; who wants the same bits computes a prompt alone, in calls of this size
 WORTH_REUSING = 16  # tokens; fewer are computed sooner than a state is copied
+WORTH_READING = 64  # tokens that a state on disk must add to what is in memory, and
+_WORTH_READING_OF = 16  # it must add one of so many that are read: computing one takes longer than reading these
 
 
 def as_tokens(tokens: Sequence[int]) -> Tokens:
@@ -85,6 +87,17 @@ class Saved:
         return whole_chunks(common) if exact else common
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A state on disk; all is known of it but its bytes."""
+
+    shape: Shape
+    tokens: Tokens
+    held: int
+    name: str  # of its file
+    size_bytes: int  # of its file
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """The first `count` tokens of a prompt can come from `saved`."""
@@ -130,15 +143,28 @@ class PrefixStore:
             self._saved.move_to_end(id(best.saved))
         return best
 
-    def put(self, saved: Saved, cuts: Cuts) -> None:
-        """Keeps it, and lets go of those that it makes superfluous: their tokens can be had from it."""
+    def put(self, saved: Saved, cuts: Cuts) -> list[Saved]:
+        """Keeps it, and lets go of those that it makes superfluous: their tokens can be had from it.
+
+        Returns those that left for lack of room.
+        """
         for other in [other for other in self._saved.values() if _covers(saved, other, cuts)]:
             self._drop(other)
         self._saved[id(saved)] = saved
         self.used_bytes += len(saved.state)
+        left = []
         while self.used_bytes > self.limit_bytes:
-            self._drop(next(iter(self._saved.values())))
+            left.append(next(iter(self._saved.values())))
+            self._drop(left[-1])
             self.evicted += 1
+        return left
+
+    def holds(self, saved: Saved) -> bool:
+        return self._saved.get(id(saved)) is saved
+
+    def discard(self, saved: Saved) -> None:
+        if self.holds(saved):
+            self._drop(saved)
 
     def forget(self, digest: str) -> None:
         """Drops what was saved of this model."""
@@ -165,17 +191,42 @@ def _covers(new: Saved, old: Saved, cuts: Cuts) -> bool:
     return cuts.usable(new.held, old.held) == old.held and new.exact >= old.exact
 
 
+class Disk(Protocol):
+    """Where states stay that leave memory. All methods are called in the hub."""
+
+    def find(self, shape: Shape, prompt: Tokens) -> tuple[Stored, int] | None:
+        """What gives the prompt its longest prefix, and how many tokens that is."""
+
+    def fetch(self, stored: Stored) -> None:
+        """Reads it into memory, where it then is, unless it could not be believed. The greenlet waits."""
+
+    def take(self, left: list[Saved]) -> None:
+        """Something came into memory, and these left it."""
+
+    def refuse(self, saved: Saved) -> None:
+        """llama.cpp could not use this state, wherever it came from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """The part of a store that one context can use."""
+    """The part of a store, and of a disk, that one context can use."""
 
     store: PrefixStore
     shape: Shape
     cuts: Cuts
     token_bytes: int  # of a state, per token
+    disk: Disk | None = None
 
     def find(self, prompt: Tokens, *, exact: bool) -> Match | None:
         return self.store.find(self.shape, self.cuts, prompt, exact=exact)
+
+    def find_on_disk(self, prompt: Tokens, known: int) -> Stored | None:
+        """What is worth its reading where the first `known` tokens can be had without."""
+        found = self.disk.find(self.shape, prompt) if self.disk is not None else None
+        if found is None or found[0].size_bytes > self.store.limit_bytes:
+            return None
+        stored, count = found
+        return stored if count - known >= max(WORTH_READING, stored.held // _WORTH_READING_OF) else None
 
     def wants(self, held: int) -> bool:
         """Whether a state of so many tokens is worth its bytes."""
@@ -183,4 +234,12 @@ class Shelf:
 
     def put(self, tokens: Sequence[int], held: int, state: memoryview, exact: int) -> None:
         if len(state) <= self.store.limit_bytes:
-            self.store.put(Saved(self.shape, as_tokens(tokens), held, state, exact), self.cuts)
+            left = self.store.put(Saved(self.shape, as_tokens(tokens), held, state, exact), self.cuts)
+            if self.disk is not None:
+                self.disk.take(left)
+
+    def refuse(self, saved: Saved) -> None:
+        """Drops a state that llama.cpp could not use."""
+        self.store.discard(saved)
+        if self.disk is not None:
+            self.disk.refuse(saved)

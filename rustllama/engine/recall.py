@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-import numpy as np
-
 from rustllama.engine.prefix_store import Tokens, as_tokens
 
 
@@ -48,8 +46,8 @@ class Recall:
         self._prompt += tokens
 
     def _going_on_with(self, tokens: list[int]) -> list[Tokens]:
-        start, wanted = len(self._prompt), as_tokens(tokens)
-        return [known for known in self._known if np.array_equal(known[start : start + len(tokens)], wanted)]
+        start, wanted = len(self._prompt), as_tokens(tokens).tobytes()
+        return [known for known in self._known if known[start : start + len(tokens)].tobytes() == wanted]
 
     def _end_of(self, text: bytes, known: Tokens) -> int | None:
         """The place where the sequence has spelled the text, if a token ends there."""

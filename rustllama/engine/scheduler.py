@@ -19,6 +19,7 @@ from rustllama.engine.prefix_store import (
     Cuts,
     Match,
     Shelf,
+    Stored,
     common_prefix,
     whole_chunks,
 )
@@ -76,6 +77,14 @@ class Restore:
     target: int
     sequence: Sequence
     match: Match
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """A state that the lane has to read from disk; a prompt waits for it."""
+
+    stored: Stored
+    goes_on: bool = True
 
 
 Arrangement = Clear | Move | Swap | Copy | Restore
@@ -174,7 +183,9 @@ class Scheduler:
     prompt_cost: PromptCost = field(default_factory=PromptCost)
     leaving: list[Sequence] = field(default_factory=list)  # whose state the current batch saves
     _admitted: int = 0
-    _followers: dict[Sequence, _Wait] = field(default_factory=dict)
+    fetches: list[Fetch] = field(default_factory=list)  # of the last plan; the lane takes them out
+    _followers: dict[Sequence, _Wait | Fetch] = field(default_factory=dict)
+    _restored: list[Restore] = field(default_factory=list)  # in the current batch
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.n_slots
@@ -254,6 +265,9 @@ class Scheduler:
         """Learns what a step costs, and stores what it saved."""
         self.leaving = []
         if self.shelf is not None:
+            for restore in self._restored:
+                if not restore.sequence.cached:
+                    self.shelf.refuse(restore.match.saved)
             for kept in outcome.kept:
                 self.shelf.put(kept.tokens, kept.held, kept.state, kept.exact)
         if outcome.decode:
@@ -302,9 +316,9 @@ class Scheduler:
 
     def _share(self) -> Iterator[Copy | Restore]:
         """A prompt that nothing was computed of takes over the longest prefix there is, and waits for one that another
-        is just computing. Who waits is in `_followers`.
+        is just computing, or that is read from disk. Who waits is in `_followers`.
         """
-        before, self._followers = self._followers, {}
+        before, self._followers, self._restored = self._followers, {}, []
         if self.shelf is None:
             return
         for slot, sequence in enumerate(self.slots):
@@ -315,7 +329,12 @@ class Scheduler:
                 continue
             match = self.shelf.find(sequence.prompt[:-1], exact=sequence.request.reproducible)
             wait = self._best_leader(sequence, self.shelf.cuts, WORTH_REUSING if match is None else match.count + 1)
-            if wait is not None and (wait.leader in self.leaving or wait.leader.computed < wait.count):
+            best = wait or match
+            stored = self.shelf.find_on_disk(sequence.prompt[:-1], best.count if best is not None else 0)
+            if stored is not None and not sequence.request.reproducible:
+                self.fetches.append(Fetch(stored))
+                self._followers[sequence] = self.fetches[-1]
+            elif wait is not None and (wait.leader in self.leaving or wait.leader.computed < wait.count):
                 self._followers[sequence] = wait
             elif wait is not None:
                 sequence.computed = sequence.cached = wait.count
@@ -325,7 +344,8 @@ class Scheduler:
             elif match is not None:
                 sequence.computed = sequence.cached = match.count
                 sequence.source = Source.STORE
-                yield Restore(slot, sequence, match)
+                self._restored.append(Restore(slot, sequence, match))
+                yield self._restored[-1]
 
     def _best_leader(self, sequence: Sequence, cuts: Cuts, at_least: int) -> _Wait | None:
         """Who holds, or will hold, the longest prefix. Nobody waits for one that came later and has not begun."""
@@ -386,7 +406,8 @@ class Scheduler:
 
     def _reach(self, sequence: Sequence) -> int:
         """Tokens to the end of the prompt, or to where others wait to take it over."""
-        borders = [wait.count for wait in self._followers.values() if wait.leader is sequence]
+        waits = [wait for wait in self._followers.values() if isinstance(wait, _Wait)]
+        borders = [wait.count for wait in waits if wait.leader is sequence]
         return min([*borders, len(sequence.prompt)]) - sequence.computed
 
     def _urgency_ms(self, sequence: Sequence, now_ns: int) -> float:

@@ -1,0 +1,165 @@
+"""Computed prompts on disk: what the folder has, and when what is in memory goes there.
+
+A state is written when it has rested for a while, when it leaves memory, when its model is unloaded and when the server
+ends. Not sooner: each turn of a conversation replaces the state of the turn before, and they are hundreds of megabytes;
+what a killed server loses are the last seconds, which are computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from rustllama import bridge
+from rustllama.engine.prefix_index import PrefixIndex
+from rustllama.engine.prefix_store import WORTH_READING, Cuts, PrefixStore, Saved, Shape, Stored, Tokens
+from rustllama.engine.state_folder import StateFolder
+
+_REST_S = 15.0  # a state is written once it has been in memory between one and two of these
+_PATIENCE_S = 2.0  # that a load waits for the index, which goes on without it
+_HEADS_AT_ONCE = 64  # that are read before they can be found
+_LEAVING_BYTES = 128 * 1024**2  # of states that left memory and wait for the disk; when there are more, they are lost
+
+
+class DiskStore:
+    """See `prefix_store.Disk`. Files are read in a worker thread, one after another, and written in the background."""
+
+    def __init__(self, folder: StateFolder, memory: PrefixStore, rest_s: float = _REST_S) -> None:
+        self._folder = folder
+        self._memory = memory
+        self._rest_s = rest_s
+        self._indexes: dict[Shape, PrefixIndex] = {}
+        self._leaving: dict[int, Saved] = {}  # by identity: they left memory and are not yet written
+        self._resting: set[int] = set()  # identities: in memory and not written when the timer last rang
+        self._timer: bridge.Timer | None = None
+        self._reading = bridge.RLock()
+        self._writing = bridge.RLock()
+
+    def open(self, shape: Shape, cuts: Cuts) -> None:
+        """Learns what the folder has for contexts of this shape."""
+        if shape in self._indexes:
+            return
+        if not self._indexes:
+            bridge.spawn(lambda: bridge.background(self._folder.tidy))
+        index = self._indexes[shape] = PrefixIndex(cuts)
+        complete = bridge.Event()
+        bridge.spawn(lambda: self._learn(shape, index, complete))
+        complete.wait(_PATIENCE_S)
+
+    def known(self, digest: str) -> Iterator[Tokens]:
+        """The tokens of all that is on disk of a model."""
+        for shape, index in self._indexes.items():
+            if shape.digest == digest:
+                yield from (stored.tokens for stored in index)
+
+    def find(self, shape: Shape, prompt: Tokens) -> tuple[Stored, int] | None:
+        return self._indexes[shape].longest(prompt)
+
+    def fetch(self, stored: Stored) -> None:
+        index = self._indexes[stored.shape]
+        with self._reading:
+            state = bridge.offload(self._folder.read, stored) if stored in index else None
+            if state is None:
+                index.discard(stored)
+            elif stored in index:  # nobody forgot it meanwhile
+                saved = Saved(stored.shape, stored.tokens, stored.held, state)
+                self.take(self._memory.put(saved, index.cuts))
+
+    def take(self, left: list[Saved]) -> None:
+        for saved in left:
+            waiting_bytes = sum(len(other.state) for other in self._leaving.values())
+            if self._lacks(saved) and (not waiting_bytes or waiting_bytes + len(saved.state) <= _LEAVING_BYTES):
+                self._leaving[id(saved)] = saved
+                bridge.spawn(functools.partial(self._write_leaving, saved))
+        self._set_timer()
+
+    def refuse(self, saved: Saved) -> None:
+        index = self._indexes[saved.shape]
+        same = [stored for stored in index.prefixes(saved.tokens[: saved.held]) if stored.held == saved.held]
+        for stored in same:
+            index.discard(stored)
+        bridge.spawn(lambda: bridge.background(self._folder.delete, [stored.name for stored in same]))
+
+    def flush(self) -> None:
+        """Writes what is only in memory; returns when that is done."""
+        self._write_all({id(saved) for saved in self._memory})
+
+    def forget(self, digest: str) -> None:
+        """Returns when nothing of the model is on disk; called when nothing of it is in memory."""
+        for saved in [saved for saved in self._leaving.values() if saved.shape.digest == digest]:
+            del self._leaving[id(saved)]
+        self._clear(digest)  # or what is being read would come into memory
+        with self._writing:
+            self._clear(digest)  # of what was being written
+            bridge.background(self._folder.forget, digest)
+
+    def check_integrity(self) -> None:
+        """Every byte in the folder is accounted for; called while no other process uses it."""
+        with self._writing:
+            for shape, index in self._indexes.items():
+                recorded = {stored.name: stored.size_bytes for stored in index}
+                assert bridge.offload(self._folder.sizes, shape) == recorded
+                assert bridge.offload(lambda: self._folder.used_bytes) <= self._folder.limit_bytes
+
+    def _clear(self, digest: str) -> None:
+        for shape, index in self._indexes.items():
+            if shape.digest == digest:
+                index.clear()
+
+    def _learn(self, shape: Shape, index: PrefixIndex, complete: bridge.Event) -> None:
+        names = bridge.offload(self._folder.names, shape)
+        for first in range(0, len(names), _HEADS_AT_ONCE):
+            for stored in bridge.offload(self._folder.heads, shape, names[first : first + _HEADS_AT_ONCE]):
+                index.add(stored)
+        complete.set()
+
+    def _lacks(self, saved: Saved) -> bool:
+        """Whether the disk should have it, and has not."""
+        if saved.held < WORTH_READING or len(saved.state) > self._folder.limit_bytes:
+            return False
+        return not self._indexes[saved.shape].covers(saved.tokens[: saved.held])
+
+    def _set_timer(self) -> None:
+        if self._timer is None:
+            self._timer = bridge.Timer(self._rest_s, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._write_all(self._resting)
+        self._resting = {id(saved) for saved in self._memory if self._lacks(saved)}
+        if self._resting:
+            self._set_timer()
+
+    def _write_all(self, identities: set[int]) -> None:
+        """Of what is in memory, one after another, until the disk takes no more."""
+        while identities:
+            saved = next((saved for saved in self._memory if id(saved) in identities), None)
+            if saved is None or not self._write(saved):
+                break
+            identities.discard(id(saved))
+
+    def _write_leaving(self, saved: Saved) -> None:
+        self._write(saved)
+        self._leaving.pop(id(saved), None)
+
+    def _write(self, saved: Saved) -> bool:
+        """False when the disk did not take it. What was dropped while it waited for its turn is not written."""
+        with self._writing:
+            if not (self._memory.holds(saved) or id(saved) in self._leaving) or not self._lacks(saved):
+                return True
+            stored, left = bridge.background(self._folder.write, saved)
+            self._discard(left)
+            if stored is None:
+                return False
+            index = self._indexes[saved.shape]
+            superfluous = [other.name for other in index.superfluous(stored)]
+            index.add(stored)
+            self._discard(superfluous)
+            bridge.background(self._folder.delete, superfluous)
+            return True
+
+    def _discard(self, names: list[str]) -> None:
+        """Takes files out of the indexes that are not there any more."""
+        for index in self._indexes.values() if names else ():
+            for stored in [stored for stored in index if stored.name in names]:
+                index.discard(stored)
