@@ -9,8 +9,8 @@ import gevent
 import pytest
 
 from rustllama.core import Delta, FinishReason
+from rustllama.engine.batch import Batch, Clear
 from rustllama.engine.engine import LlamaEngine
-from rustllama.engine.scheduler import Batch, Clear
 from rustllama.engine.sequence import Sequence
 from rustllama.settings import FOREVER
 from tests.conftest import SHAPES

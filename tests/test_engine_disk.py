@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 
 from rustllama.core import LoadOptions, MemoryPlan
+from rustllama.engine.batch import Restore
 from rustllama.engine.disk_store import DiskStore
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.native import BUILD
-from rustllama.engine.prefix_store import Cuts, PrefixStore, Saved, Shape, Shelf, Stored, as_tokens
-from rustllama.engine.scheduler import Fetch, Restore, Scheduler
+from rustllama.engine.prefix_store import PrefixStore
+from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
+from rustllama.engine.sharing import Fetch, Sharing
+from rustllama.engine.shelf import Shelf
 from rustllama.engine.state_folder import StateFolder
+from rustllama.engine.states import Cuts, Saved, Shape, Stored, as_tokens
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
 from tests.test_engine_lane import N_CTX, SLOTS, record, until_idle
@@ -271,7 +275,7 @@ def test_a_state_larger_than_memory_is_left_on_disk(folder: StateFolder) -> None
 def test_others_go_on_while_a_prompt_waits_for_the_disk(folder: StateFolder) -> None:
     folder.write(saved(said(1, 70)))
     disk = Disk(folder)
-    made = Scheduler(4, 512, 8, 200, disk.shelf)
+    made = Scheduler(4, 512, 8, 200, Sharing(disk.shelf))
     stream, waits = (Sequence(request(prompt), Outlet(), 0) for prompt in (said(2, 20), said(1, 80)))
     for one in (stream, waits):
         made.add(one)
@@ -280,7 +284,7 @@ def test_others_go_on_while_a_prompt_waits_for_the_disk(folder: StateFolder) -> 
         assert batch is not None
         assert [chunk.sequence for chunk in batch.prompt if chunk.sequence is waits] == []
         play(batch)
-    (fetch,) = made.fetches
+    (fetch,) = made.sharing.fetches
     disk.store.fetch(fetch.stored)
     fetch.goes_on = False
     batch = made.plan(1)
@@ -292,10 +296,10 @@ def test_others_go_on_while_a_prompt_waits_for_the_disk(folder: StateFolder) -> 
 def test_a_prompt_whose_state_was_gone_is_computed(folder: StateFolder, tmp_path: Path) -> None:
     folder.write(saved(said(1, 70)))
     disk = Disk(folder)
-    made = Scheduler(4, 512, 8, 200, disk.shelf)
+    made = Scheduler(4, 512, 8, 200, Sharing(disk.shelf))
     made.add(Sequence(request(said(1, 80)), Outlet(), 0))
     assert made.plan(1) is None
-    (fetch,) = made.fetches
+    (fetch,) = made.sharing.fetches
     assert isinstance(fetch, Fetch)
     files(tmp_path)[0].unlink()
     disk.store.fetch(fetch.stored)

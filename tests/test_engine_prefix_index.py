@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustllama.engine.prefix_index import PrefixIndex
-from rustllama.engine.prefix_store import Cuts, Shape, Stored, Tokens, as_tokens, common_prefix
+from rustllama.engine.states import Cuts, Shape, Stored, Tokens, as_tokens, common_prefix
 
 SHAPE = Shape("digest", 512, 4, "off", "f32")
 texts = st.lists(st.sampled_from([1, 2, 256]), min_size=1, max_size=8)
@@ -18,14 +18,14 @@ def stored(tokens: list[int]) -> Stored:
     return Stored(SHAPE, as_tokens([*tokens, 9]), len(tokens), "", 0)
 
 
-def index(cuts: Cuts, *texts: list[int]) -> PrefixIndex:
-    made = PrefixIndex(cuts)
+def index(cuts: Cuts, *texts: list[int]) -> PrefixIndex[Stored]:
+    made = PrefixIndex[Stored](cuts)
     for text in texts:
         made.add(stored(text))
     return made
 
 
-def count(made: PrefixIndex, prompt: Tokens) -> int:
+def count(made: PrefixIndex[Stored], prompt: Tokens) -> int:
     found = made.longest(prompt)
     return 0 if found is None else found[1]
 

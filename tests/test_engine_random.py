@@ -13,8 +13,8 @@ from gevent.lock import Semaphore
 
 from rustllama.core import GenerateRequest, LoadOptions, MemoryPlan, Span
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
-from rustllama.engine.prefix_store import as_tokens, common_prefix
 from rustllama.engine.sequence import Sequence
+from rustllama.engine.states import as_tokens, common_prefix
 from rustllama.errors import Cancelled, InternalError
 from rustllama.settings import Settings
 from tests.conftest import SHAPES

@@ -15,9 +15,10 @@ from rustllama import gguf
 from rustllama.core import Delta, GenerateRequest, LoadOptions, MemoryPlan, SamplingParams, Span, Usage
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.native import Context, Model
-from rustllama.engine.prefix_store import WORTH_REUSING, Cuts, PrefixStore, Saved, Shape, as_tokens, common_prefix
+from rustllama.engine.prefix_store import PrefixStore
 from rustllama.engine.recall import Recall
 from rustllama.engine.sequence import Sequence
+from rustllama.engine.states import WORTH_REUSING, Cuts, Saved, Shape, as_tokens, common_prefix
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
 from tests.test_engine_lane import N_CTX, SLOTS, _checked, open_engine, record, until_idle
@@ -220,7 +221,12 @@ def test_a_longer_state_replaces_the_shorter_one_that_it_contains() -> None:
     store.put(saved(said(1, 20)), Cuts())
     store.put(saved(said(1, 20) + said(2, 20)), Cuts())
     assert len(list(store)) == 1
-    store.put(saved(said(1, 20) + said(2, 20) + said(3, 5)), Cuts(recurrent=True))
+
+
+def test_a_shorter_state_stays_where_the_longer_one_cannot_be_cut() -> None:
+    store = PrefixStore(limit_bytes=1000)
+    store.put(saved(said(1, 20)), Cuts(recurrent=True))
+    store.put(saved(said(1, 20) + said(2, 20)), Cuts(recurrent=True))
     assert len(list(store)) == 2
 
 

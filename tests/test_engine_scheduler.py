@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rustllama.core import Delta, GenerateRequest, Reading
+from rustllama.engine.batch import Batch, Clear, Move, Outcome, Swap, Timing
 from rustllama.engine.costs import DecodeCost
-from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf
-from rustllama.engine.scheduler import Batch, Clear, Move, Outcome, Scheduler, Swap, Timing
+from rustllama.engine.prefix_store import PrefixStore
+from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Phase, Sequence
+from rustllama.engine.shelf import Shelf
+from rustllama.engine.states import Cuts, Shape
 from rustllama.errors import Busy, Cancelled, Draining
 
 MS = 1_000_000
@@ -134,7 +137,7 @@ def test_a_prompt_alone_gets_a_whole_batch() -> None:
 def test_two_prompts_whose_states_could_not_be_used_do_not_wait_for_each_other() -> None:
     shelf = Shelf(PrefixStore(limit_bytes=1000), Shape("digest", 512, 4, "off", "f32"), Cuts(), token_bytes=1)
     made, both = scheduler(prompt_ms_per_token=1.0), [sequence(100), sequence(100)]
-    made.shelf = shelf
+    made.sharing.shelf = shelf
     for s in both:
         made.add(s)
     batch = made.plan(1)
@@ -142,7 +145,7 @@ def test_two_prompts_whose_states_could_not_be_used_do_not_wait_for_each_other()
     assert [chunk.sequence for chunk in batch.prompt] == both[:1], "the second one waits for the first"
     for s in both:
         s.order = 0  # what the runner does where a state is refused
-    made._followers.clear()
+    made.sharing.followers.clear()
     assert {chunk.sequence for chunk in made.plan(1).prompt} == set(both)  # type: ignore[union-attr]
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rustllama.engine.prefix_store import Saved, Shape, Stored, as_tokens
 from rustllama.engine.state_folder import StateFolder
+from rustllama.engine.states import Saved, Shape, Stored, as_tokens
 
 SHAPE = Shape("0123456789abcdef0123", 512, 4, "off", "f32")
 STATE_BYTES = 1000

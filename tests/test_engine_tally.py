@@ -10,7 +10,8 @@ import pytest
 from rustllama.core import LoadOptions, MemoryPlan
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
-from rustllama.engine.prefix_store import Cuts, PrefixStore
+from rustllama.engine.prefix_store import PrefixStore
+from rustllama.engine.states import Cuts
 from rustllama.engine.tally import Histogram, ModelTally, Source
 from rustllama.settings import Settings
 from tests.test_engine_lane import N_CTX, SLOTS, _checked, ask, open_engine, record, until_idle

@@ -16,10 +16,14 @@ from rustllama.bench.load import Plan
 from rustllama.bench.player import Arrivals
 from rustllama.bench.trace import Trace
 from rustllama.core import Delta, GenerateRequest
+from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Kept, Outcome, Restore, Timing
 from rustllama.engine.costs import DecodeCost
-from rustllama.engine.prefix_store import Cuts, Match, PrefixStore, Shape, Shelf
-from rustllama.engine.scheduler import Batch, Call, Chunk, Clear, Copy, Kept, Outcome, Restore, Scheduler, Timing
+from rustllama.engine.prefix_store import Match, PrefixStore
+from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Phase, Sequence
+from rustllama.engine.sharing import Sharing
+from rustllama.engine.shelf import Shelf
+from rustllama.engine.states import Cuts, Shape
 from rustllama.errors import BadRequest, Busy
 from rustllama.settings import Settings
 
@@ -131,7 +135,7 @@ class Simulation:
             self.settings.num_batch,
             self.settings.max_queue,
             self.settings.gap_ms,
-            shelf if store.limit_bytes else None,
+            Sharing(shelf if store.limit_bytes else None),
             decode_cost=DecodeCost(slots, [0.0, *(self.machine.decode(rows, 0) for rows in range(1, slots + 1))]),
         )
         self._chance = random.Random(self.plan.seed)

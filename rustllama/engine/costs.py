@@ -6,6 +6,7 @@ for many, and which of them is the cheapest per row differs by quantization and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class DecodeCost:
 
     slots: int = 0
     ms: list[float] = field(default_factory=list)
+    complete: Callable[[list[float]], None] = lambda ms: None  # gets `ms` when all that is wanted was measured
     _tries: dict[int, int] = field(default_factory=dict)  # of those that were measured here
     _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
     _moved: float = 0.0  # share by which `ms` changed since the splits were chosen
@@ -61,6 +63,8 @@ class DecodeCost:
         self.ms[rows] = min(ms, self.ms[rows] or ms)
         self._tries[rows] = self._tries.get(rows, 0) + 1
         self._splits.clear()
+        if self.wanted is None:
+            self.complete(self.ms)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call that served somebody, at this mean depth in tokens."""

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 from rustllama import bridge
 from rustllama.engine.prefix_index import PrefixIndex
-from rustllama.engine.prefix_store import WORTH_READING, Cuts, PrefixStore, Saved, Shape, Stored, Tokens
+from rustllama.engine.prefix_store import PrefixStore
+from rustllama.engine.shelf import WORTH_READING
 from rustllama.engine.state_folder import StateFolder
+from rustllama.engine.states import Cuts, Saved, Shape, Stored, Tokens
 
 _REST_S = 15.0  # a state is written once it has been in memory between one and two of these
 _PATIENCE_S = 2.0  # that a load waits for the index, which goes on without it
@@ -28,7 +30,7 @@ class DiskStore:
         self._folder = folder
         self._memory = memory
         self._rest_s = rest_s
-        self._indexes: dict[Shape, PrefixIndex] = {}
+        self._indexes: dict[Shape, PrefixIndex[Stored]] = {}
         self._leaving: dict[int, Saved] = {}  # by identity: they left memory and are not yet written
         self._resting: set[int] = set()  # identities: in memory and not written when the timer last rang
         self._timer: bridge.Timer | None = None
@@ -106,7 +108,7 @@ class DiskStore:
             if shape.digest == digest:
                 index.clear()
 
-    def _learn(self, shape: Shape, index: PrefixIndex, complete: bridge.Event) -> None:
+    def _learn(self, shape: Shape, index: PrefixIndex[Stored], complete: bridge.Event) -> None:
         names = bridge.offload(self._folder.names, shape)
         for first in range(0, len(names), _HEADS_AT_ONCE):
             for stored in bridge.offload(self._folder.heads, shape, names[first : first + _HEADS_AT_ONCE]):

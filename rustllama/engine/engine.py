@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +10,19 @@ from dataclasses import dataclass
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
 from rustllama.engine import memory
+from rustllama.engine.costs import DecodeCost
 from rustllama.engine.disk_store import DiskStore
 from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import BUILD, Model, gpu_layers
-from rustllama.engine.prefix_store import Cuts, PrefixStore, Shape, Shelf, StoreState, Tokens, as_tokens
+from rustllama.engine.prefix_store import PrefixStore, StoreState
 from rustllama.engine.recall import Recall
+from rustllama.engine.scheduler import Scheduler
+from rustllama.engine.sharing import Sharing
+from rustllama.engine.shelf import Shelf
 from rustllama.engine.state_folder import StateFolder
+from rustllama.engine.states import Cuts, Shape, Tokens, as_tokens
 from rustllama.engine.tally import Tally
 from rustllama.engine.turns import Share, Turns
 from rustllama.errors import OutOfMemory, RustllamaError, Unsupported
@@ -168,7 +174,19 @@ class LlamaEngine:
         may_draft = self._settings.speculation and Cuts.of(self._info) == Cuts()
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft)
         context = bridge.offload(Lane.open, self._model, shape, self._settings)
-        return Lane(self._model, context, shape, self._settings, self._shared.native, self._share, self._shelf(shape))
+        settings, sharing = self._settings, Sharing(self._shelf(shape))
+        cost = self._decode_cost(n_slots)
+        scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)
+        timeout_s = settings.request_timeout
+        return Lane(self._model, context, shape, scheduler, self._shared.native, self._share, timeout_s)
+
+    def _decode_cost(self, n_slots: int) -> DecodeCost:
+        """Begins with what was measured before, by the same build on the same machine."""
+        facts, settings = self._shared.facts, self._settings
+        name = f"decode_ms {BUILD} {platform.node()} threads={self._n_threads} gpu={self._num_gpu} "
+        name += f"flash_attention={settings.flash_attention} kv_cache_type={settings.kv_cache_type}"
+        known = facts.get(self._digest, name, list[float]) or []
+        return DecodeCost(n_slots, known, complete=lambda ms: facts.keep(self._digest, name, ms))
 
     def _shelf(self, lane: LaneShape) -> Shelf | None:
         store, disk = self._shared.store, self._shared.disk if self._settings.prompt_cache_disk else None

@@ -13,10 +13,10 @@ from rustllama import bridge
 from rustllama.core import Delta, GenerateRequest, Progress, Queued
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
-from rustllama.engine.prefix_store import Shelf
 from rustllama.engine.runner import Deltas, Runner
-from rustllama.engine.scheduler import Fetch, Scheduler
+from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
+from rustllama.engine.sharing import Fetch
 from rustllama.engine.tally import ModelTally
 from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
@@ -46,11 +46,12 @@ class Lane:
         model: Model,
         context: Context,
         shape: LaneShape,
-        settings: Settings,
+        scheduler: Scheduler,
         native: bridge.NativeThreads,
         share: Share,
-        shelf: Shelf | None,
+        timeout_s: float,
     ):
+        """`timeout_s` is how long a request may take."""
         self.shape = shape
         self.idle_since_s = time.monotonic()
         self._native = native
@@ -58,12 +59,10 @@ class Lane:
         self._granted = bridge.Event()
         self._claim = Claim(share, self._granted.set)
         self._context = context
-        self._shelf = shelf
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
         self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
-        self._scheduler = Scheduler(shape.n_slots, shape.n_batch, settings.max_queue, settings.gap_ms, shelf)
-        self._scheduler.decode_cost = DecodeCost(shape.n_slots)
-        self._timeout_s = settings.request_timeout
+        self._scheduler = scheduler
+        self._timeout_s = timeout_s
         self._work = bridge.Event()
         self._stopped = bridge.Event()
         self._closing = False
@@ -178,8 +177,9 @@ class Lane:
         """Runs a batch; False when there is nothing to do."""
         self._runner.interrupted = False
         batch = self._scheduler.plan(time.perf_counter_ns())
-        while self._scheduler.fetches:
-            bridge.spawn(functools.partial(self._fetch, self._scheduler.fetches.pop()))
+        fetches = self._scheduler.sharing.fetches
+        while fetches:
+            bridge.spawn(functools.partial(self._fetch, fetches.pop()))
         if batch is None:
             self._work.clear()
             return False
@@ -217,10 +217,11 @@ class Lane:
         self._work.wait()
 
     def _fetch(self, fetch: Fetch) -> None:
-        assert self._shelf is not None
-        assert self._shelf.disk is not None
+        shelf = self._scheduler.sharing.shelf
+        assert shelf is not None
+        assert shelf.disk is not None
         try:
-            self._shelf.disk.fetch(fetch.stored)
+            shelf.disk.fetch(fetch.stored)
         finally:
             fetch.goes_on = False
             self._wake()

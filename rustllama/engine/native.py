@@ -17,8 +17,8 @@ from llama_cpp import _ggml
 
 from rustllama.core import ModelInfo
 from rustllama.engine.costs import DRAFT_ROWS
-from rustllama.engine.prefix_store import EXACT_CHUNK
 from rustllama.engine.sampling import Stage
+from rustllama.engine.states import EXACT_CHUNK
 from rustllama.errors import BadModelFile, InternalError, OutOfMemory
 
 FLASH_ATTENTION = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from rustllama.engine.prefix_store import Tokens, as_tokens
+from rustllama.engine.states import Tokens, as_tokens
 
 
 class Recall:

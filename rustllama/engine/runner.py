@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from rustllama.core import Delta
+from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap, Timing
 from rustllama.engine.drafts import Drafter
 from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
-from rustllama.engine.scheduler import Batch, Call, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap, Timing
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.tally import Source
 from rustllama.errors import InternalError

@@ -11,160 +11,16 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from rustllama.engine.batch import Arrangement, Batch, Call, Chunk, Clear, Move, Outcome, Swap
 from rustllama.engine.costs import DecodeCost, PromptCost
-from rustllama.engine.drafts import worthwhile
-from rustllama.engine.prefix_store import (
-    EXACT_CHUNK,
-    WORTH_REUSING,
-    Cuts,
-    Match,
-    Shelf,
-    Stored,
-    common_prefix,
-    whole_chunks,
-)
 from rustllama.engine.sequence import Phase, Sequence
-from rustllama.engine.tally import Source
+from rustllama.engine.sharing import Sharing
+from rustllama.engine.states import EXACT_CHUNK
 from rustllama.errors import Busy, Cancelled, RustllamaError
 
 _NS_PER_MS = 1_000_000
 _ALONE_MS = 1_000  # what one prompt call may take when nobody waits for its next token
 _LEARNING_RATE = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """The slot's sequence has ended; `keep` its state for later prompts."""
-
-    slot: int
-    sequence: Sequence
-    keep: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """The state in `source` goes to the empty `target`."""
-
-    source: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    one: int
-    other: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """The first `count` tokens of `leader` are also those of `sequence`, whose slot is empty.
-
-    `keep` the leader's state too, as it cannot be cut there later.
-    """
-
-    source: int
-    target: int
-    leader: Sequence
-    sequence: Sequence
-    count: int
-    keep: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """The first tokens of a prompt were saved; the slot is empty."""
-
-    target: int
-    sequence: Sequence
-    match: Match
-
-
-@dataclass(slots=True, eq=False)
-class Fetch:
-    """A state that the lane has to read from disk; a prompt waits for it."""
-
-    stored: Stored
-    goes_on: bool = True
-
-
-Arrangement = Clear | Move | Swap | Copy | Restore
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `count` tokens of a prompt."""
-
-    sequence: Sequence
-    slot: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One decode call: a token for each of the sequences, which are in adjacent slots from `slot` on, and behind them
-    rows in empty slots that are thrown away.
-    """
-
-    slot: int
-    sequences: tuple[Sequence, ...]
-    scratch: int = 0
-    draft_costs: tuple[tuple[int, float], ...] = ()  # see `drafts.worthwhile`
-
-    def drafts(self) -> list[list[int]]:
-        """What each sequence may say next: equally many tokens, as llama.cpp computes unequal ones in several calls."""
-        drafters = [sequence.drafter for sequence in self.sequences if sequence.drafter is not None]
-        if self.draft_costs and len(drafters) == len(self.sequences):
-            trust = sum(drafter.trust for drafter in drafters) / len(drafters)
-            count = worthwhile(trust, self.draft_costs)
-            found = [drafter.draft(count) for drafter in drafters]
-            if all(len(draft) == count for draft in found) and all(s.room > count for s in self.sequences):
-                return found
-        return [[] for _ in self.sequences]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step: arrange the slots, then the decode calls, then one prompt call.
-
-    The decode calls go through the slots from the lowest on; `prompt` is in the order of slots.
-    """
-
-    arrange: tuple[Arrangement, ...]
-    decode: tuple[Call, ...]
-    prompt: tuple[Chunk, ...]
-    awaited: bool = False  # a prompt waits for what this step computes or saves
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A state that was saved, of the first `held` of these tokens; the first `exact` came from calls of EXACT_CHUNK."""
-
-    tokens: tuple[int, ...]
-    held: int
-    state: memoryview
-    exact: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """How long a llama_decode took, by its rows and the tokens that each of them looked at, in the mean."""
-
-    rows: int
-    depth: float
-    ns: int
-
-    @property
-    def ms(self) -> float:
-        return self.ns / _NS_PER_MS
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the last step of a batch took, and what was saved in it."""
-
-    decode: tuple[Timing, ...] = ()
-    prompt: Timing | None = None
-    kept: tuple[Kept, ...] = ()
 
 
 @dataclass(slots=True)
@@ -175,17 +31,13 @@ class Scheduler:
     n_batch: int
     max_queue: int
     gap_ms: float
-    shelf: Shelf | None = None  # None: nothing is reused
+    sharing: Sharing = field(default_factory=lambda: Sharing(shelf=None))
     queue: deque[Sequence] = field(default_factory=deque)
     slots: list[Sequence | None] = field(default_factory=list)
     decode_ms: float = 0.0  # of a step's decode calls together
     decode_cost: DecodeCost = field(default_factory=DecodeCost)
     prompt_cost: PromptCost = field(default_factory=PromptCost)
-    leaving: list[Sequence] = field(default_factory=list)  # whose state the current batch saves
     _admitted: int = 0
-    fetches: list[Fetch] = field(default_factory=list)  # of the last plan; the lane takes them out
-    _followers: dict[Sequence, _Wait | Fetch] = field(default_factory=dict)
-    _restored: list[Restore] = field(default_factory=list)  # in the current batch
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.n_slots
@@ -217,7 +69,7 @@ class Scheduler:
 
     def lose_all(self, reason: RustllamaError) -> None:
         """Ends who has a slot, as llama.cpp's memory was emptied; the queue goes on."""
-        self.leaving = []
+        self.sharing.leaving = []
         for sequence in self.slots:
             if sequence is not None:
                 sequence.computed = 0
@@ -246,7 +98,7 @@ class Scheduler:
     @property
     def ended(self) -> list[Sequence]:
         """Sequences that are over and not yet on the shelf."""
-        return [*self.leaving, *(sequence for sequence in self.slots if sequence is not None and sequence.over)]
+        return [*self.sharing.leaving, *(sequence for sequence in self.slots if sequence is not None and sequence.over)]
 
     @property
     def _free(self) -> int:
@@ -256,20 +108,14 @@ class Scheduler:
         """The next step, or None when there is nothing to do."""
         arrange: tuple[Arrangement, ...] = (*self._clear(), *self._close_ranks())
         self._admit(now_ns)
-        arrange += tuple(self._share())
+        arrange += tuple(self.sharing.plan(self.slots))
         decode = tuple(self._calls())
         prompt = tuple(self._chunks(bool(decode), now_ns))
-        return Batch(arrange, decode, prompt, bool(self._followers)) if arrange or decode or prompt else None
+        return Batch(arrange, decode, prompt, bool(self.sharing.followers)) if arrange or decode or prompt else None
 
     def apply(self, outcome: Outcome) -> None:
         """Learns what a step costs, and stores what it saved."""
-        self.leaving = []
-        if self.shelf is not None:
-            for restore in self._restored:
-                if not restore.sequence.cached:
-                    self.shelf.refuse(restore.match.saved)
-            for kept in outcome.kept:
-                self.shelf.put(kept.tokens, kept.held, kept.state, kept.exact)
+        self.sharing.settle(outcome)
         if outcome.decode:
             self.decode_ms = _learn(self.decode_ms, sum(call.ms for call in outcome.decode))
         for call in outcome.decode:
@@ -281,10 +127,7 @@ class Scheduler:
         for slot, sequence in enumerate(self.slots):
             if sequence is not None and sequence.over:
                 self.slots[slot] = None
-                keep = self.shelf is not None and not sequence.dropped and self.shelf.wants(sequence.computed)
-                if keep:
-                    self.leaving.append(sequence)
-                yield Clear(slot, sequence, keep)
+                yield self.sharing.clear(slot, sequence)
 
     def _close_ranks(self) -> Iterator[Move | Swap]:
         """Sequences that decode together get the lowest slots, those that decode alone come next, prompts follow:
@@ -314,53 +157,6 @@ class Scheduler:
                 sequence.tally.queue.observe(now_ns - sequence.arrived_ns)
                 sequence.order = self._admitted = self._admitted + 1
 
-    def _share(self) -> Iterator[Copy | Restore]:
-        """A prompt that nothing was computed of takes over the longest prefix there is, and waits for one that another
-        is just computing, or that is read from disk. Who waits is in `_followers`.
-        """
-        before, self._followers, self._restored = self._followers, {}, []
-        if self.shelf is None:
-            return
-        for slot, sequence in enumerate(self.slots):
-            if sequence is None or sequence.phase is not Phase.PREFILL or sequence.computed or sequence.over:
-                continue
-            if sequence in before and before[sequence].goes_on:
-                self._followers[sequence] = before[sequence]
-                continue
-            match = self.shelf.find(sequence.prompt[:-1], exact=sequence.request.reproducible)
-            wait = self._best_leader(sequence, self.shelf.cuts, WORTH_REUSING if match is None else match.count + 1)
-            best = wait or match
-            stored = self.shelf.find_on_disk(sequence.prompt[:-1], best.count if best is not None else 0)
-            if stored is not None and not sequence.request.reproducible:
-                self.fetches.append(Fetch(stored))
-                self._followers[sequence] = self.fetches[-1]
-            elif wait is not None and (wait.leader in self.leaving or wait.leader.computed < wait.count):
-                self._followers[sequence] = wait
-            elif wait is not None:
-                sequence.computed = sequence.cached = wait.count
-                sequence.source = Source.AWAITED if sequence in before else Source.RUNNING
-                keep = self.shelf.cuts != Cuts() and wait.leader.computed == wait.count
-                yield Copy(self.slots.index(wait.leader), slot, wait.leader, sequence, wait.count, keep)
-            elif match is not None:
-                sequence.computed = sequence.cached = match.count
-                sequence.source = Source.STORE
-                self._restored.append(Restore(slot, sequence, match))
-                yield self._restored[-1]
-
-    def _best_leader(self, sequence: Sequence, cuts: Cuts, at_least: int) -> _Wait | None:
-        """Who holds, or will hold, the longest prefix. Nobody waits for one that came later and has not begun."""
-        best = None
-        for leader in [*self.running, *self.leaving]:
-            if leader is sequence or leader.dropped or (not leader.computed and leader.order >= sequence.order):
-                continue
-            shared = common_prefix(sequence.prompt[:-1], leader.transcript)
-            if sequence.request.reproducible:
-                shared = whole_chunks(min(shared, leader.exact))
-            count = cuts.usable(max(leader.computed, shared), shared)
-            if count >= at_least:
-                best, at_least = _Wait(leader, count), count + 1
-        return best
-
     def _calls(self) -> Iterator[Call]:
         """The decode calls of a step, in the cheapest shape; who wants the same bits always has a call alone."""
         decoding = tuple(s for s in self.slots if s is not None and s.phase is Phase.DECODE)
@@ -383,7 +179,7 @@ class Scheduler:
         the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone.
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
-        waiting = [(slot, s) for slot, s in waiting if s not in self._followers]
+        waiting = [(slot, s) for slot, s in waiting if s not in self.sharing.followers]
         waiting.sort(key=lambda item: self._urgency_ms(item[1], now_ns))
         budget = left = self._prompt_budget(decoding, waiting[0][1].computed) if waiting else 0
         chunks = list[Chunk]()
@@ -406,27 +202,14 @@ class Scheduler:
 
     def _reach(self, sequence: Sequence) -> int:
         """Tokens to the end of the prompt, or to where others wait to take it over."""
-        waits = [wait for wait in self._followers.values() if isinstance(wait, _Wait)]
-        borders = [wait.count for wait in waits if wait.leader is sequence]
-        return min([*borders, len(sequence.prompt)]) - sequence.computed
+        border = self.sharing.border(sequence)
+        return (len(sequence.prompt) if border is None else border) - sequence.computed
 
     def _urgency_ms(self, sequence: Sequence, now_ns: int) -> float:
         """Shortest remaining prompt first, but who waits longer than a prompt takes comes before it."""
         waited_ms = (now_ns - sequence.admitted_ns) / _NS_PER_MS
         remaining = sequence.prompt_remaining
         return remaining * self.prompt_cost.ms_per_row(remaining, sequence.computed + remaining / 2) - waited_ms
-
-
-@dataclass(frozen=True, slots=True)
-class _Wait:
-    """Until `leader` has computed `count` tokens."""
-
-    leader: Sequence
-    count: int
-
-    @property
-    def goes_on(self) -> bool:
-        return not self.leader.over and self.leader.computed < self.count
 
 
 def _rank(sequence: Sequence) -> int:

@@ -10,7 +10,7 @@ from rustllama.core import ContextShift, Delta, FinishReason, GenerateRequest, R
 from rustllama.engine import context_shift
 from rustllama.engine.detokenizer import Detokenizer
 from rustllama.engine.drafts import Drafter
-from rustllama.engine.prefix_store import Tokens, as_tokens, whole_chunks
+from rustllama.engine.states import WORTH_REUSING, Tokens, as_tokens, whole_chunks
 from rustllama.engine.tally import ModelTally, Source
 
 _TIME_IS_UP = "the answer ends here: it reached the time limit of the server (RUSTLLAMA_REQUEST_TIMEOUT)"
@@ -53,11 +53,13 @@ class Sequence:
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
     drafter: Drafter | None = None  # where its state can be cut behind what did not come true
     prompt: Tokens = field(default_factory=lambda: as_tokens(()))
+    opening: bytes = b""  # the first tokens of the prompt: those with another have nothing to share
     tally: ModelTally = field(default_factory=ModelTally)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prompt = as_tokens(self.request.prompt)
+        self.opening = self.prompt[:WORTH_REUSING].tobytes()
         self.detokenizer = Detokenizer(self.request.stop)
         self.shift = self.request.shift
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from rustllama.engine.prefix_store import Tokens
+from rustllama.engine.states import Tokens
 
 FORMAT = b"rlstate1"
 _HEAD = struct.Struct("<8sIIIQI")  # format; bytes of the key; tokens; held ones; bytes and checksum of the state

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import msgspec
 
 from rustllama.engine import state_file
-from rustllama.engine.prefix_store import Saved, Shape, Stored
+from rustllama.engine.states import Saved, Shape, Stored
 
 T = TypeVar("T")
 MOST_FILES = 4096  # their tokens are kept in memory
