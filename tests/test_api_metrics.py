@@ -193,7 +193,7 @@ def test_a_real_engine_tells_what_it_did(tmp_path: Path, toys: dict[str, Path]) 
     answers = [ok(ended(app.test_client().post("/api/chat", json=body))) for _ in range(3)]
     found = Scrape(app.test_client().get("/metrics").text)
     app.test_client().post("/api/chat", json={"model": "toy", "keep_alive": 0})
-    assert found.value("rustllama_prompts_total", model="toy", source="store") == 2
+    assert found.value("rustllama_prompts_total", model="toy", source="memory") == 2
     assert found.value("rustllama_prompt_tokens_total") == sum(answer["prompt_eval_count"] for answer in answers)
     computed = found.value("rustllama_prompt_tokens_total", source="computed")
     assert computed == sum(answer["prompt_eval_count"] - answer["prompt_eval_cached_count"] for answer in answers)

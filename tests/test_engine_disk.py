@@ -23,6 +23,7 @@ from rustllama.engine.sharing import Fetch, Sharing
 from rustllama.engine.shelf import Shelf
 from rustllama.engine.state_folder import StateFolder
 from rustllama.engine.states import Cuts, Saved, Shape, Stored, as_tokens
+from rustllama.engine.tally import Source
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
 from tests.test_engine_lane import N_CTX, SLOTS, record, until_idle
@@ -78,6 +79,17 @@ def test_a_conversation_goes_on_after_a_restart(toy: Path, tmp_path: Path) -> No
         assert usage is not None
         assert usage.cached_tokens == len(tokens) - 1
     assert_a_fresh_engine_agrees(toy, [stream._sequence])
+
+
+def test_what_is_read_from_disk_is_counted(toys: dict[str, Path], tmp_path: Path) -> None:
+    with process(tmp_path, toys["llama"]) as engine:
+        finish(engine, request((*said(1, 100), 5), 1))
+    with process(tmp_path, toys["llama"]) as engine:
+        finish(engine, request((*said(1, 100), 5, 6), 1))
+        assert engine._tally.prompt_tokens == {Source.DISK: 101, Source.COMPUTED: 1}
+        state = engine._shared.disk.state()
+        assert (state.limit_bytes, state.states, state.tokens, state.evicted) == (ROOM, 1, 101, 0)
+        assert state.used_bytes == files(tmp_path)[0].stat().st_size
 
 
 def test_prompts_that_come_together_after_a_restart_all_use_what_is_on_disk(toy: Path, tmp_path: Path) -> None:

@@ -61,11 +61,11 @@ def test_a_prompt_counts_as_it_is_computed_whole_or_not(engine: LlamaEngine) -> 
     assert reused(engine._tally) == {Source.COMPUTED: (1, 50)}
 
 
-def test_a_prompt_from_the_store_counts_so_and_the_rest_as_computed(engine: LlamaEngine) -> None:
+def test_a_prompt_saved_in_memory_counts_so_and_the_rest_as_computed(engine: LlamaEngine) -> None:
     for seed in (2, 3):
         finish(engine, request(said(1, 50) + said(seed, 10)))
         until_idle(engine)
-    assert reused(engine._tally) == {Source.COMPUTED: (1, 70), Source.STORE: (1, 50)}
+    assert reused(engine._tally) == {Source.COMPUTED: (1, 70), Source.MEMORY: (1, 50)}
 
 
 def test_a_prompt_copied_from_a_stream_that_runs_counts_so(engine: LlamaEngine) -> None:
@@ -85,7 +85,7 @@ def test_prompts_that_wait_for_another_count_so(engine: LlamaEngine) -> None:
 
 def test_a_state_that_could_not_be_used_counts_as_computed() -> None:
     one = sequence()
-    one.source, one.cached = Source.STORE, 0  # what the runner leaves
+    one.source, one.cached = Source.MEMORY, 0  # what the runner leaves
     one.accept(7, b"x", 1)
     assert reused(one.tally) == {Source.COMPUTED: (1, 0)}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from rustllama import bridge
 from rustllama.engine.prefix_index import PrefixIndex
-from rustllama.engine.prefix_store import PrefixStore
+from rustllama.engine.prefix_store import PrefixStore, StoreState
 from rustllama.engine.shelf import WORTH_READING
 from rustllama.engine.state_folder import StateFolder
 from rustllama.engine.states import Cuts, Saved, Shape, Stored, Tokens
@@ -33,6 +33,7 @@ class DiskStore:
         self._indexes: dict[Shape, PrefixIndex[Stored]] = {}
         self._leaving: dict[int, Saved] = {}  # by identity: they left memory and are not yet written
         self._resting: set[int] = set()  # identities: in memory and not written when the timer last rang
+        self._evicted = 0
         self._timer: bridge.Timer | None = None
         self._reading = bridge.RLock()
         self._writing = bridge.RLock()
@@ -95,6 +96,12 @@ class DiskStore:
             self._clear(digest)  # of what was being written
             bridge.background(self._folder.forget, digest)
 
+    def state(self) -> StoreState:
+        """Of the models that were loaded since the start."""
+        known = [stored for index in self._indexes.values() for stored in index]
+        used_bytes, tokens = sum(stored.size_bytes for stored in known), sum(stored.held for stored in known)
+        return StoreState("disk", self._folder.limit_bytes, used_bytes, len(known), tokens, self._evicted)
+
     def check_integrity(self) -> None:
         """Every byte in the folder is accounted for; called while no other process uses it."""
         with self._writing:
@@ -151,6 +158,7 @@ class DiskStore:
                 return True
             stored, left = bridge.background(self._folder.write, saved)
             self._discard(left)
+            self._evicted += len(left)
             if stored is None:
                 return False
             index = self._indexes[saved.shape]

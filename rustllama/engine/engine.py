@@ -67,7 +67,8 @@ class LlamaEngines:
         return LlamaEngine(record, options, plan, self._shared, tell)
 
     def stores(self) -> tuple[StoreState, ...]:
-        return (self._shared.store.state(),)
+        store, disk = self._shared.store, self._shared.disk
+        return (store.state(), disk.state()) if self._shared.settings.prompt_cache_disk else (store.state(),)
 
     def forget(self, digest: str) -> None:
         self._shared.store.forget(digest)

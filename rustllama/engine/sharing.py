@@ -85,7 +85,8 @@ class Sharing:
                 continue
             found = self._find(self.shelf, sequence, leaders[sequence.opening])
             if isinstance(found, Match):
-                yield self._restore(found, slot, sequence)
+                source = Source.DISK if isinstance(waited, Fetch) else Source.MEMORY
+                yield self._restore(found, slot, sequence, source)
             elif isinstance(found, Wait) and not found.goes_on and found.leader not in self.leaving:
                 source = Source.RUNNING if waited is None else Source.AWAITED
                 yield self._copy(self.shelf.cuts, found, slots, slot, sequence, source)
@@ -112,9 +113,9 @@ class Sharing:
                 return self.fetches[-1]
         return best
 
-    def _restore(self, match: Match, slot: int, sequence: Sequence) -> Restore:
+    def _restore(self, match: Match, slot: int, sequence: Sequence, source: Source) -> Restore:
         sequence.computed = sequence.cached = match.count
-        sequence.source = Source.STORE
+        sequence.source = source
         self._restored.append(Restore(slot, sequence, match))
         return self._restored[-1]
 

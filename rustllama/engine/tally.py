@@ -20,7 +20,8 @@ class Source(enum.Enum):
     COMPUTED = "computed"
     RUNNING = "running"  # copied from a sequence that ran
     AWAITED = "awaited"  # likewise, after waiting until it had computed them
-    STORE = "store"  # saved in host memory
+    MEMORY = "memory"  # saved there
+    DISK = "disk"  # saved there
 
 
 class Unloaded(enum.Enum):
