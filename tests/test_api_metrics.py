@@ -116,6 +116,12 @@ def test_the_time_to_the_first_token_counts_as_soon_as_it_is_there(house: House)
     response.close()
 
 
+def test_an_answer_without_a_token_has_no_first_one(house: House) -> None:
+    house.script.pieces = ()
+    ok(ended(house.chat("Hi")))
+    assert scrape(house).value("rustllama_first_token_seconds_count", model="toy") == 0
+
+
 def test_a_histogram_counts_upwards_to_its_whole(house: House) -> None:
     ok(house.chat("Hi"))
     buckets = scrape(house).named("rustllama_first_token_seconds_bucket", model="toy")

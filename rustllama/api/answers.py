@@ -118,8 +118,9 @@ class Answers:
             yield from stream.progress()
         deltas = iter(stream)
         first = next(deltas)
-        answer.call.first_token_ns = answer.call.elapsed_ns
-        self._tally.models[lease.loaded_as].first_token.observe(answer.call.first_token_ns)
+        if first.usage is None or first.usage.completion_tokens:  # else its time was up before it had one
+            answer.call.first_token_ns = answer.call.elapsed_ns
+            self._tally.models[lease.loaded_as].first_token.observe(answer.call.first_token_ns)
         yield first
         yield from deltas
 
