@@ -94,16 +94,19 @@ def offload(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 @cache
 def _background_thread() -> NativeThreads:
-    thread = NativeThreads(1)
-    if sys.platform == "linux":  # elsewhere this would be of the whole process
-        with suppress(OSError):
-            thread.call(os.setpriority, os.PRIO_PROCESS, 0, BACKGROUND_NICE)
-    return thread
+    return NativeThreads(1)
 
 
 def background(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs a blocking function in the one thread for what nobody waits for, which leaves the cores to others."""
-    return _background_thread().call(fn, *args, **kwargs)
+
+    def unhurried() -> T:
+        if sys.platform == "linux":  # where this is of the thread, and not of the process
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, 0, BACKGROUND_NICE)
+        return fn(*args, **kwargs)
+
+    return _background_thread().call(unhurried)
 
 
 def spawn(fn: Callable[[], None]) -> None:

@@ -83,9 +83,9 @@ class DiskStore:
             index.discard(stored)
         bridge.spawn(lambda: bridge.background(self._folder.delete, [stored.name for stored in same]))
 
-    def flush(self) -> None:
-        """Writes what is only in memory; returns when that is done."""
-        self._write_all({id(saved) for saved in self._memory})
+    def flush(self, digest: str | None = None) -> None:
+        """Writes what is only in memory, of a model or of all; returns when that is done."""
+        self._write_all({id(saved) for saved in self._memory if digest in (None, saved.shape.digest)})
 
     def forget(self, digest: str) -> None:
         """Returns when nothing of the model is on disk; called when nothing of it is in memory."""

@@ -162,7 +162,7 @@ class LlamaEngine:
         for lane in self._lanes:
             lane.close()
         bridge.offload(self._model.close)
-        bridge.spawn(self._shared.disk.flush)
+        bridge.spawn(lambda: self._shared.disk.flush(self._digest))
 
     def check_integrity(self) -> None:
         """See `Lane.check_integrity`."""
