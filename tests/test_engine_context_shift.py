@@ -19,6 +19,7 @@ from rustllama.engine.engine import LlamaEngine
 from rustllama.engine.native import Context, Model
 from rustllama.errors import Unsupported
 from rustllama.gguf.architectures import can_shift
+from tests.conftest import SHAPES
 from tests.test_engine_lane import SLOTS, _checked, answer, ask, open_engine, until_idle
 from tests.test_engine_reuse import cached, finish, said
 from tests.test_engine_scheduler import sequence
@@ -239,7 +240,7 @@ def test_a_reproducible_answer_is_not_shifted(engine: LlamaEngine) -> None:
         engine.submit(replace(shifting(1, WAYS["raw"]), reproducible=True))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mamba"])
+@pytest.mark.parametrize("name", sorted({*SHAPES} - {"llama"}))
 def test_where_it_would_be_wrong_it_is_refused(toys: dict[str, Path], name: str) -> None:
     for engine in _checked(open_engine(toys[name])):
         with pytest.raises(Unsupported, match="'shift' is not possible with this model"):

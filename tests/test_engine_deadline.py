@@ -8,6 +8,7 @@ from pathlib import Path
 import gevent
 import pytest
 
+from rustllama import gguf
 from rustllama.core import Delta, FinishReason
 from rustllama.engine.batch import Batch, Clear
 from rustllama.engine.engine import LlamaEngine
@@ -136,5 +137,5 @@ def test_a_prompt_that_ends_in_the_middle_of_a_call_keeps_the_calls_before(name:
         again = engine.submit(asked)
         usage = list(again)[-1].usage
         assert usage is not None
-        assert usage.cached_tokens > 0 or name == "mamba"
+        assert usage.cached_tokens > 0 or gguf.read(wide).recurrent_state_bytes
     assert_a_fresh_engine_agrees(wide, [again._sequence])
