@@ -24,7 +24,8 @@ from rustllama.core import (
     Stream,
 )
 from rustllama.engine.facts import Facts
-from rustllama.engine.manager import EngineManager, Lease
+from rustllama.engine.lease import Lease
+from rustllama.engine.manager import EngineManager
 from rustllama.engine.prefix_store import StoreState
 from rustllama.engine.tally import Tally, Unloaded
 from rustllama.errors import BadModelFile, Draining, InternalError, OutOfMemory, RustllamaError

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("gguf", "templates", "registry", "probe"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
-    **dict.fromkeys(("engine.facts", "engine.disk_store"), "live engine"),
+    **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),
@@ -122,7 +122,8 @@ def test_the_words_import_only_those_before_them() -> None:
 @pytest.mark.parametrize("outside", DOORS)
 def test_an_outside_thing_has_one_door(outside: str) -> None:
     users = {found.source for found in IMPORTS if found.target.partition(".")[0] == outside}
-    assert users <= DOORS[outside]
+    assert users
+    assert all(user.startswith(tuple(DOORS[outside])) for user in users)
 
 
 def test_the_law_catches_a_breach() -> None:

@@ -17,7 +17,8 @@ from rustllama.api.options import recommended
 from rustllama.api.prompts import Prompt, Prompts
 from rustllama.bridge import watch_client
 from rustllama.core import Delta, FinishReason, GenerateRequest, Loading, ModelRecord, Progress
-from rustllama.engine.manager import EngineManager, Lease
+from rustllama.engine.lease import Lease
+from rustllama.engine.manager import EngineManager
 from rustllama.engine.tally import Tally
 from rustllama.errors import Cancelled, RustllamaError, Unsupported
 

@@ -9,7 +9,7 @@ import msgspec
 
 from rustllama.api.options import recommended
 from rustllama.core import ModelInfo, ModelRecord
-from rustllama.engine.manager import LoadedModel
+from rustllama.engine.lease import LoadedModel
 
 
 def tagged(name: str) -> str:

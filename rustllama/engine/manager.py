@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
-from types import TracebackType
 from typing import Protocol
 
 from rustllama import bridge
-from rustllama.core import Engine, EngineState, FileIdentity, Loading, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
+from rustllama.core import Engine, Loading, LoadOptions, MemoryPlan, ModelInfo, ModelRecord
 from rustllama.engine import memory
 from rustllama.engine.facts import Facts
+from rustllama.engine.lease import Entry, Key, Lease, LoadedModel
 from rustllama.engine.loading import LoadGauge
 from rustllama.engine.machine import free_memory_bytes
 from rustllama.engine.prefix_store import StoreState
@@ -55,72 +52,6 @@ class EngineFactory(Protocol):
         """Puts on disk what is to outlive the process, where that is switched on."""
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A model that is loading or loaded. `references` counts the leases, and with them those who wait for the load."""
-
-    record: ModelRecord
-    options: LoadOptions
-    gauge: LoadGauge
-    ready: bridge.Event = field(default_factory=bridge.Event)
-    engine: Engine | None = None
-    plan: MemoryPlan | None = None
-    error: RustllamaError | None = None
-    references: int = 0
-    forget: bool = False  # its computed prompts, when it leaves
-    keep_alive_s: float = 0.0
-    used_at_s: float = 0.0
-    expires_at: datetime | None = None
-    timer: bridge.Timer | None = None
-
-    def loading(self) -> Loading | None:
-        """How far the load is; None where it failed."""
-        return None if self.error else self.gauge.read()
-
-    @property
-    def idle(self) -> bool:
-        return self.engine is not None and not self.references
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A row of `/api/ps`; `expires_at` None is for ever."""
-
-    record: ModelRecord
-    state: EngineState
-    expires_at: datetime | None
-
-
-class Lease:
-    """The right to use a loaded model until `release`; a context manager."""
-
-    def __init__(
-        self, manager: EngineManager, entry: _Entry, load_ns: int, num_ctx: int, warnings: tuple[str, ...]
-    ) -> None:
-        assert entry.engine is not None
-        self.engine: Engine = entry.engine
-        self.loaded_as = entry.record.name  # a file may have more names
-        self.load_ns = load_ns
-        self.num_ctx = num_ctx
-        self.warnings = warnings
-        self._manager = manager
-        self._entry: _Entry | None = entry
-
-    def release(self) -> None:
-        """May be called more than once."""
-        if self._entry is not None:
-            entry, self._entry = self._entry, None
-            self._manager._release(entry)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
 class EngineManager:
     """One for the process, made by the application factory. All methods are called from greenlets of its hub."""
 
@@ -129,7 +60,7 @@ class EngineManager:
         self._settings = settings
         self._factory = engine_factory
         self._facts = facts or Facts()
-        self._entries: dict[tuple[str, FileIdentity], _Entry] = {}
+        self._entries: dict[Key, Entry] = {}
         self._loading = bridge.RLock()  # one load at a time, so that memory is counted once
         self._released = bridge.Event()
         limit = settings.memory_limit or free_memory_bytes()
@@ -173,9 +104,11 @@ class EngineManager:
             entry.ready.wait()
             if entry.error is not None:
                 raise entry.error
-            allowed, warnings = self._context(entry, num_ctx)
+            allowed, warnings = entry.context(num_ctx)
+            if num_ctx is not None:
+                bridge.shielded(functools.partial(self._reserve, entry, allowed))
             load_ns = 0 if was_ready else time.perf_counter_ns() - started_ns
-            lease = Lease(self, entry, load_ns, allowed, (*warnings, *_unused(entry, options)))
+            lease = Lease(entry, self._release, load_ns, allowed, (*warnings, *entry.unused(options)))
             return lease
         finally:
             if lease is None:
@@ -218,17 +151,18 @@ class EngineManager:
         self._factory.flush()
 
     @property
-    def _busy(self) -> list[_Entry]:
+    def _busy(self) -> list[Entry]:
         return [entry for entry in self._entries.values() if entry.references]
 
-    def _entry(self, record: ModelRecord, options: LoadOptions) -> _Entry:
-        key = (record.path, record.identity)
-        if key not in self._entries:
-            entry = self._entries[key] = _Entry(record, options, LoadGauge(record.info.size_bytes))
-            bridge.spawn(lambda: self._load(entry))
-        return self._entries[key]
+    def _entry(self, record: ModelRecord, options: LoadOptions) -> Entry:
+        entry = self._entries.get((record.path, record.identity))
+        if entry is None:
+            entry = made = Entry(record, options, LoadGauge(record.info.size_bytes))
+            self._entries[entry.key] = entry
+            bridge.spawn(lambda: self._load(made))
+        return entry
 
-    def _load(self, entry: _Entry) -> None:
+    def _load(self, entry: Entry) -> None:
         """In a greenlet of its own: a client that leaves must not stop a load that others wait for."""
         try:
             with self._loading:
@@ -247,7 +181,7 @@ class EngineManager:
             if not entry.references:
                 self._retire_when_idle(entry)  # all who waited have left
 
-    def _make(self, entry: _Entry) -> Engine:
+    def _make(self, entry: Entry) -> Engine:
         record = entry.record
         slots_before = self._facts.get(record.digest, _SLOTS, dict[int, int]) or {}
         entry.plan = plan = self._make_room(record.info, slots_before)
@@ -261,7 +195,7 @@ class EngineManager:
             self._facts.keep(record.digest, _SLOTS, {**slots_before, plan.n_ctx: plan.n_slots})
         return engine
 
-    def _tally(self, entry: _Entry) -> ModelTally:
+    def _tally(self, entry: Entry) -> ModelTally:
         return self._factory.tally.models[entry.record.name]
 
     def _make_room(self, info: ModelInfo, slots_before: Mapping[int, int]) -> MemoryPlan:
@@ -290,37 +224,24 @@ class EngineManager:
             self._retire(min(idle, key=lambda entry: entry.used_at_s), Unloaded.EVICTED)
         return bool(idle)
 
-    def _context(self, entry: _Entry, num_ctx: int | None) -> tuple[int, tuple[str, ...]]:
-        """How many tokens a request gets, and what it should be told about them."""
+    def _reserve(self, entry: Entry, num_ctx: int) -> None:
         assert entry.engine is not None
         assert entry.plan is not None
-        trained = entry.record.info.context_length
-        usual = min(entry.plan.n_ctx, trained or entry.plan.n_ctx)
-        if num_ctx is None:
-            return usual, entry.plan.warnings
-        warnings = entry.plan.warnings
-        if trained and num_ctx > trained:
-            warnings += (f"num_ctx {num_ctx} is more than the model was trained for: {trained} is used",)
-            num_ctx = trained
         if num_ctx > entry.plan.n_ctx:
-            bridge.shielded(functools.partial(self._reserve, entry.engine, num_ctx))
-        return num_ctx, warnings
+            with self._loading:
+                entry.engine.reserve(num_ctx, self._available())
 
-    def _reserve(self, engine: Engine, num_ctx: int) -> None:
-        with self._loading:
-            engine.reserve(num_ctx, self._available())
-
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         entry.references -= 1
         entry.used_at_s = time.monotonic()
         self._retire_when_idle(entry)
         self._released.set()
 
-    def _retire_when_idle(self, entry: _Entry) -> None:
+    def _retire_when_idle(self, entry: Entry) -> None:
         if entry.timer is not None:
             entry.timer.close()
             entry.timer = None
-        entry.expires_at = _deadline(entry.keep_alive_s)
+        entry.keep_alive()
         if not entry.idle:
             return
         if entry.keep_alive_s <= 0:
@@ -328,11 +249,11 @@ class EngineManager:
         elif entry.expires_at is not None:
             entry.timer = bridge.Timer(entry.keep_alive_s, lambda: self._expire(entry))
 
-    def _expire(self, entry: _Entry) -> None:
+    def _expire(self, entry: Entry) -> None:
         if entry.idle:
             self._retire(entry, Unloaded.IDLE)
 
-    def _retire(self, entry: _Entry, why: Unloaded) -> None:
+    def _retire(self, entry: Entry, why: Unloaded) -> None:
         """Frees an idle model. It is forgotten first, so that nobody takes it meanwhile."""
         engine, entry.engine = entry.engine, None
         assert engine is not None
@@ -345,10 +266,9 @@ class EngineManager:
             bridge.shielded(functools.partial(self._factory.forget, entry.record.digest))
         self._released.set()
 
-    def _forget(self, entry: _Entry) -> None:
-        key = (entry.record.path, entry.record.identity)
-        if self._entries.get(key) is entry:
-            del self._entries[key]
+    def _forget(self, entry: Entry) -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
 
 
 def _result(steps: Generator[object, None, Lease]) -> Lease:
@@ -359,19 +279,3 @@ def _result(steps: Generator[object, None, Lease]) -> Lease:
     except StopIteration as end:
         lease: Lease = end.value
         return lease
-
-
-def _deadline(keep_alive_s: float) -> datetime | None:
-    if math.isinf(keep_alive_s):
-        return None
-    return datetime.now(timezone.utc) + timedelta(seconds=min(keep_alive_s, 10**9))
-
-
-def _unused(entry: _Entry, options: LoadOptions) -> tuple[str, ...]:
-    """A model that is loaded is not loaded again for another number of threads or layers: say so."""
-    names = ("num_gpu", "num_thread", "num_batch", "use_mmap")
-    return tuple(
-        f"{name} is fixed when a model is loaded, and this one was loaded with another value"
-        for name in names
-        if getattr(options, name) is not None and getattr(options, name) != getattr(entry.options, name)
-    )

@@ -1,0 +1,11 @@
+"""The only door to llama.cpp: weights with their vocabulary, contexts with their slots, sampler chains.
+
+Not one of these functions may be called in the hub, and a Context only by one thread at a time.
+"""
+
+from rustllama.engine.native.context import Aborted, Context
+from rustllama.engine.native.library import BUILD, gpu_layers, has_gpu
+from rustllama.engine.native.model import Model
+from rustllama.engine.native.sampler import Sampler
+
+__all__ = ["BUILD", "Aborted", "Context", "Model", "Sampler", "gpu_layers", "has_gpu"]

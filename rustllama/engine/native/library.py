@@ -1,0 +1,79 @@
+"""The library itself: which build it is, what it said last, and the GPUs that it found."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import deque
+
+import llama_cpp
+from llama_cpp import _ggml
+
+from rustllama.core import ModelInfo
+
+_GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
+_GPU_WEIGHTS_PERCENT = 80  # of a GPU's free memory; the rest is for the KV cache and buffers
+_WARNING_LEVEL = 3  # enum ggml_log_level: 3 is WARN, 4 is ERROR
+_log = logging.getLogger("rustllama.native")
+_last_words: deque[str] = deque(maxlen=8)
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _data: object) -> None:
+    line = text.decode("utf-8", "replace").rstrip()
+    if level in (_WARNING_LEVEL, _WARNING_LEVEL + 1) and line:
+        _last_words.append(line)
+        _log.debug("%s", line)
+
+
+llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
+llama_cpp.llama_backend_init()
+
+
+def _build() -> str:
+    commit = _ggml.libggml.ggml_commit
+    commit.restype = ctypes.c_char_p
+    return f"{llama_cpp.__version__} {commit().decode()}"
+
+
+BUILD = _build()  # which llama.cpp this is: no other one reads the states that it saves
+
+
+def forget_words() -> None:
+    """Before a call whose failure is to be explained."""
+    _last_words.clear()
+
+
+def words() -> str:
+    """llama.cpp's last words, for a message: where several lines tell of one failure, the one that has the reason."""
+    reasons = [line for line in _last_words if "error" in line.lower()] or list(_last_words)
+    return reasons[0].strip().rstrip(".") if reasons else "no reason was given"
+
+
+def has_gpu() -> bool:
+    """Whether llama.cpp was built with a GPU backend and found a device."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def gpu_layers(info: ModelInfo, wanted: int) -> int:
+    """How many layers go to the GPU: those wanted; for -1 as many as its free memory holds, with room for the cache."""
+    if not has_gpu():
+        return 0
+    if wanted >= 0:
+        return wanted
+    layers = info.block_count + 1  # the output head counts as one
+    return min(layers, _gpu_free_bytes() * _GPU_WEIGHTS_PERCENT // 100 * layers // max(1, info.size_bytes))
+
+
+def _gpu_free_bytes() -> int:
+    """Free memory of all devices with memory of their own (ggml_backend_dev_memory)."""
+    ggml = _ggml.libggml
+    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+    total = 0
+    for index in range(ggml.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(ggml.ggml_backend_dev_get(index))
+        if ggml.ggml_backend_dev_type(device) == _GPU_DEVICE:
+            free, capacity = ctypes.c_size_t(), ctypes.c_size_t()
+            ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(capacity))
+            total += free.value
+    return total
