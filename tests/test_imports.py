@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "words": {"words"},
     "leaves": {"words"},
     "pure engine": {"words", "pure engine"},
-    "native": {"words", "pure engine"},
+    "native": {"words", "pure engine", "native"},
     "live engine": {"words", "leaves", "pure engine", "native", "live engine"},
     "api": {"words", "leaves", "pure engine", "live engine", "api"},
     "console": {"words", "console"},
