@@ -216,6 +216,16 @@ def test_the_next_turn_replaces_the_one_before_on_disk(folder: StateFolder) -> N
     disk.store.check_integrity()
 
 
+def test_a_disk_smaller_than_memory_gets_each_state_once_and_keeps_what_was_used_last(tmp_path: Path) -> None:
+    disk = Disk(StateFolder(tmp_path / "prompts", 3000, "build"))
+    disk.put(*(said(seed, 70 + seed) for seed in range(4)))
+    for _ in range(3):
+        disk.store._ring()
+    disk.store.flush()
+    assert disk.held == [72, 73]
+    assert disk.store.state().evicted == 2
+
+
 def test_a_disk_that_takes_nothing_leaves_all_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     disk = Disk(StateFolder(tmp_path / "file" / "prompts", ROOM, "build"))
@@ -263,7 +273,7 @@ def test_what_is_forgotten_while_it_is_read_or_written_stays_forgotten(tmp_path:
 def test_a_disk_slower_than_what_leaves_memory_loses_some_and_bounds_what_waits(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "prompts")
     disk, big = Disk(folder), 70_000_000
-    disk.store.take([saved(said(seed, 70), big) for seed in range(3)])
+    disk.store._see_off([saved(said(seed, 70), big) for seed in range(3)])
     assert len(disk.store._leaving) == 1
     folder.go.set()
     until_written(disk.store)

@@ -32,7 +32,8 @@ class DiskStore:
         self._rest_s = rest_s
         self._indexes: dict[Shape, PrefixIndex[Stored]] = {}
         self._leaving: dict[int, Saved] = {}  # by identity: they left memory and are not yet written
-        self._resting: set[int] = set()  # identities: in memory and not written when the timer last rang
+        self._new: set[int] = set()  # identities: they came into memory since the timer rang
+        self._resting: set[int] = set()  # likewise, before it rang; they are written when it rings again
         self._evicted = 0
         self._timer: bridge.Timer | None = None
         self._reading = bridge.RLock()
@@ -66,15 +67,12 @@ class DiskStore:
                 index.discard(stored)
             elif stored in index:  # nobody forgot it meanwhile
                 saved = Saved(stored.shape, stored.tokens, stored.held, state)
-                self.take(self._memory.put(saved, index.cuts))
+                self._see_off(self._memory.put(saved, index.cuts))
 
-    def take(self, left: list[Saved]) -> None:
-        for saved in left:
-            waiting_bytes = sum(len(other.state) for other in self._leaving.values())
-            if self._lacks(saved) and (not waiting_bytes or waiting_bytes + len(saved.state) <= _LEAVING_BYTES):
-                self._leaving[id(saved)] = saved
-                bridge.spawn(functools.partial(self._write_leaving, saved))
+    def take(self, new: Saved, left: list[Saved]) -> None:
+        self._new.add(id(new))
         self._set_timer()
+        self._see_off(left)
 
     def refuse(self, saved: Saved) -> None:
         index = self._indexes[saved.shape]
@@ -85,7 +83,8 @@ class DiskStore:
 
     def flush(self, digest: str | None = None) -> None:
         """Writes what is only in memory, of a model or of all; returns when that is done."""
-        self._write_all({id(saved) for saved in self._memory if digest in (None, saved.shape.digest)})
+        unwritten = self._of(self._new | self._resting)
+        self._write_all({id(saved) for saved in unwritten if digest in (None, saved.shape.digest)})
 
     def forget(self, digest: str) -> None:
         """Returns when nothing of the model is on disk; called when nothing of it is in memory."""
@@ -134,18 +133,32 @@ class DiskStore:
 
     def _ring(self) -> None:
         self._timer = None
-        self._write_all(self._resting)
-        self._resting = {id(saved) for saved in self._memory if self._lacks(saved)}
+        self._resting = self._write_all(self._resting) | {id(saved) for saved in self._of(self._new)}
+        self._new.clear()
         if self._resting:
             self._set_timer()
 
-    def _write_all(self, identities: set[int]) -> None:
-        """Of what is in memory, one after another, until the disk takes no more."""
-        while identities:
-            saved = next((saved for saved in self._memory if id(saved) in identities), None)
-            if saved is None or not self._write(saved):
+    def _of(self, identities: set[int]) -> list[Saved]:
+        """Those of these that are still in memory; the one used last comes first."""
+        return [saved for saved in self._memory if id(saved) in identities]
+
+    def _write_all(self, identities: set[int]) -> set[int]:
+        """Of what is in memory, the one used last at the end: what is written first leaves the disk first. Returns what
+        is left when the disk takes no more.
+        """
+        while saved := next(iter(self._of(identities)[::-1]), None):
+            if not self._write(saved):
                 break
-            identities.discard(id(saved))
+            identities = identities - {id(saved)}
+        return {id(saved) for saved in self._of(identities)}
+
+    def _see_off(self, left: list[Saved]) -> None:
+        """They have left memory: they are written at once, or lost where the disk is too slow for what comes."""
+        for saved in left:
+            waiting_bytes = sum(len(other.state) for other in self._leaving.values())
+            if self._lacks(saved) and (not waiting_bytes or waiting_bytes + len(saved.state) <= _LEAVING_BYTES):
+                self._leaving[id(saved)] = saved
+                bridge.spawn(functools.partial(self._write_leaving, saved))
 
     def _write_leaving(self, saved: Saved) -> None:
         self._write(saved)

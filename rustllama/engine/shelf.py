@@ -22,8 +22,8 @@ class Disk(Protocol):
     def fetch(self, stored: Stored) -> None:
         """Reads it into memory, where it then is, unless it could not be believed. The greenlet waits."""
 
-    def take(self, left: list[Saved]) -> None:
-        """Something came into memory, and these left it."""
+    def take(self, new: Saved, left: list[Saved]) -> None:
+        """A state came into memory, and these left it."""
 
     def refuse(self, saved: Saved) -> None:
         """llama.cpp could not use this state, wherever it came from."""
@@ -56,9 +56,10 @@ class Shelf:
 
     def put(self, tokens: Sequence[int], held: int, state: memoryview, exact: int) -> None:
         if len(state) <= self.store.limit_bytes:
-            left = self.store.put(Saved(self.shape, as_tokens(tokens), held, state, exact), self.cuts)
+            new = Saved(self.shape, as_tokens(tokens), held, state, exact)
+            left = self.store.put(new, self.cuts)
             if self.disk is not None:
-                self.disk.take(left)
+                self.disk.take(new, left)
 
     def refuse(self, saved: Saved) -> None:
         """Drops a state that llama.cpp could not use."""
