@@ -329,3 +329,27 @@ def test_a_prompt_whose_state_was_gone_is_computed(folder: StateFolder, tmp_path
     batch = made.plan(1)
     assert batch is not None
     assert batch.prompt[0].count == 64
+
+
+def test_a_prompt_that_gets_more_from_disk_than_others_wait_for_is_computed_from_there(folder: StateFolder) -> None:
+    common = said(1, 80)
+    folder.write(saved((*common, *said(2, 10))))
+    disk = Disk(folder)
+    made = Scheduler(4, 512, 8, 200, Sharing(disk.shelf))
+    reads, waits, stream = (
+        Sequence(request(prompt), Outlet(), 0)
+        for prompt in ((*common, *said(2, 20)), (*common, *said(3, 20)), said(4, 20))
+    )
+    for one in (reads, waits, stream):
+        made.add(one)
+    play(made.plan(1))  # type: ignore[arg-type]
+    play(made.plan(1))  # type: ignore[arg-type]
+    assert made.slots[:3] == [stream, waits, reads]
+    (fetch,) = made.sharing.fetches
+    disk.store.fetch(fetch.stored)
+    fetch.goes_on = False
+    for sequence, count in ((reads, 10), (waits, 20)):
+        batch = made.plan(1)
+        assert batch is not None
+        assert [(chunk.sequence, chunk.count) for chunk in batch.prompt] == [(sequence, count)]
+        play(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import string
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import gevent
@@ -24,6 +25,7 @@ from tests.toys import CONTROL_TOKENS, write_toy
 
 TALKS, LARGE_CTX, ANSWER = 50, 1024, 10
 STORE_BYTES = 1_000_000  # for computed prompts: too little for all
+DISK_BYTES = (0, 100_000_000, 2_000_000)
 QUESTION, REPLY = "<|im_start|>", "<|im_end|><|im_start|>"
 
 
@@ -36,13 +38,13 @@ def wordy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 class World:
     """Conversations with a model that is unloaded and loaded again meanwhile."""
 
-    def __init__(self, toy: Path, seed: int) -> None:
+    def __init__(self, toy: Path, seed: int, home: Path) -> None:
         self.sequences: list[Sequence] = []  # all that were submitted
         self.ended: list[Sequence] = []  # those of them that came to their end
         self.respelled = 0  # prompts that are other tokens than their text alone gives
         self._rng = random.Random(seed)
         exact = Settings(flash_attention="off", kv_cache_type="f32", num_thread=1, prompt_cache_memory=STORE_BYTES)
-        self.engines = LlamaEngines(exact)
+        self.engines = LlamaEngines(replace(exact, home=home, prompt_cache_disk=DISK_BYTES[seed]))
         self._record = record(toy)
         self._engine = self._load()
         self._loaded = Semaphore()  # held by who needs the model as it is
@@ -133,12 +135,12 @@ def held_by_another(sequence: Sequence, others: list[Sequence]) -> int:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_conversations_at_random_answer_as_a_fresh_engine_does(
-    wordy: Path, seed: int, caplog: pytest.LogCaptureFixture
+    wordy: Path, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Shared beginnings, turns by tokens and by text, stop strings, cancels, contexts of two sizes, unloads in the
-    middle, little memory for states.
+    middle, little memory for states, and a disk for them, one that is soon full, or none.
     """
-    world = World(wordy, seed)
+    world = World(wordy, seed, tmp_path)
     world.play()
     assert_a_fresh_engine_agrees(wordy, world.ended)
     assert all(sequence.cached <= held_by_another(sequence, world.sequences) for sequence in world.sequences)

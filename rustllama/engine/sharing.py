@@ -68,7 +68,7 @@ class Sharing:
     def border(self, leader: Sequence) -> int | None:
         """How far others wait for its prompt to be computed."""
         waits = (wait for wait in self.followers.values() if isinstance(wait, Wait) and wait.leader is leader)
-        return min((wait.count for wait in waits), default=None)
+        return min((wait.count for wait in waits if wait.goes_on), default=None)
 
     def plan(self, slots: Slots) -> Iterator[Copy | Restore]:
         """A prompt that nothing was computed of takes over the longest prefix there is, or waits for one."""
