@@ -86,7 +86,7 @@ def are_even(toy: Path, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     context.close()
     model.close()
     best, second = np.argsort(logits)[:-3:-1]
-    return {best, second} == {one[place], other[place]} and bool(logits[best] - logits[second] < 0.01)
+    return {best, second} == {one[place], other[place]} and bool(logits[best] - logits[second] < 0.001)
 
 
 def test_a_prompt_takes_over_what_an_earlier_one_had_in_common(llama: LlamaEngine) -> None:
