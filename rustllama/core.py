@@ -164,6 +164,7 @@ class EngineState:
     size_vram_bytes: int
     cells: int = 0  # tokens that the KV caches of all slots hold
     cells_used: int = 0
+    decode_ms: tuple[float, ...] = ()  # of a call by its rows, from none on; 0: not measured yet
 
 
 class Engine(Protocol):

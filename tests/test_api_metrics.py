@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import gevent
 import pytest
 from werkzeug.test import TestResponse
 
@@ -208,3 +209,16 @@ def test_a_real_engine_tells_what_it_did(tmp_path: Path, toys: dict[str, Path]) 
     assert found.value("rustllama_queue_seconds_count", model="toy") == 3
     assert found.value("rustllama_kv_cache_cells", model="toy") == 1024
     assert found.value("rustllama_prompt_store_used_bytes", place="memory") > 0
+
+
+def test_a_real_engine_tells_what_its_calls_cost_once_it_has_rested(tmp_path: Path, toys: dict[str, Path]) -> None:
+    registry = Registry(tmp_path / "rustllama.db", bundled=tmp_path / "none.gguf")
+    registry.put(examine("toy", toys["llama"]))
+    app = create_app(Settings(home=tmp_path, num_ctx=512, slots=2), registry=registry)
+    ok(ended(app.test_client().post("/api/generate", json={"model": "toy"})))
+    with gevent.Timeout(30):
+        while 'rows="16"' not in (text := app.test_client().get("/metrics").text):
+            gevent.sleep(0.05)
+    found = Scrape(text)
+    assert all(found.value("rustllama_decode_call_seconds", model="toy", rows=str(rows)) > 0 for rows in (1, 2, 16))
+    app.test_client().post("/api/chat", json={"model": "toy", "keep_alive": 0})

@@ -113,6 +113,7 @@ class _Numbers(Collector):
             states[loaded.record.name].append(loaded.state)
         for name, text, read in _STATES:
             yield _gauge(name, text, "model", {(model,): sum(map(read, each)) for model, each in states.items()})
+        yield _decode_calls(states)
 
     def _totals(self) -> Iterator[Metric]:
         models = self._engines.tally.models
@@ -139,6 +140,16 @@ class _Numbers(Collector):
         requests = self._engines.tally.requests
         numbers: Numbers = {(model, str(status), outcome): n for (model, status, outcome), n in requests.items()}
         return _counter("requests", "HTTP requests that ended, by how.", ("model", "status", "outcome"), numbers)
+
+
+def _decode_calls(states: Mapping[str, list[EngineState]]) -> Metric:
+    text = "What a decode call takes, by its rows: measured when the server rests, corrected by the calls themselves."
+    family = GaugeMetricFamily("rustllama_decode_call_seconds", text, labels=("model", "rows"))
+    for model, each in states.items():
+        for rows, ms in enumerate(each[0].decode_ms):
+            if ms:
+                family.add_metric((model, str(rows)), ms / 1000)
+    return family
 
 
 def _gauge(name: str, text: str, label: str, numbers: Numbers) -> Metric:

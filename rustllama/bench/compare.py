@@ -7,19 +7,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import requests
 
 from rustllama.bench.load import LoadRun, Plan
 from rustllama.bench.report import Figures
 from rustllama.cli.home import Home
 from rustllama.cli.private import private_server
-from rustllama.client import Client
+from rustllama.client import Client, Message
 from rustllama.errors import Unavailable
 
 MODEL_NAME = "bench"
+_MEASURED = "rustllama_decode_call_seconds{"
+_REST_S = 4.0  # and then the next request: a server measures for a while in each rest
 _TEMPLATE_TOKENS = 64  # room for what a chat template adds
 
 
@@ -67,12 +72,22 @@ def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder, private_server(Home(Path(folder))) as url:
         Client(url).create(MODEL_NAME, str(path.absolute()))
         load = LoadRun(replace(plan, url=url, api="rustllama", model=MODEL_NAME, requests=plan.concurrency))
+        _let_measure(url)
         for _ in range(pairs):
             server, _ = load.measure()
             bare = run_bare(path, replace(plan, prompt_tokens=round(server.prompt_tokens or plan.prompt_tokens)))
             together.append(_pair(server.together_tokens_per_s, bare.together_tokens_per_s, server))
             whole.append(_pair(server.all_tokens_per_s, bare.all_tokens_per_s, server))
     return Comparison(together, whole)
+
+
+def _let_measure(url: str) -> None:
+    """A server measures its decode calls when it rests, which it does not do under load."""
+    known = -1
+    while known < (known := requests.get(f"{url}/metrics", timeout=_REST_S).text.count(_MEASURED)):
+        time.sleep(_REST_S)
+        hello = Message(role="user", content="Hello")
+        deque(Client(url).chat(MODEL_NAME, [hello], {"num_predict": 1}), maxlen=0)
 
 
 def run_bare(path: Path, plan: Plan) -> Figures:

@@ -152,6 +152,7 @@ class LlamaEngine:
             size_vram_bytes=size * min(self._num_gpu, layers) // layers,
             cells=sum(lane.shape.n_ctx * lane.shape.n_slots for lane in self._lanes),
             cells_used=sum(lane.cells_used for lane in self._lanes),
+            decode_ms=self._lanes[0].decode_ms,
         )
 
     def end_all(self, reason: RustllamaError) -> None:

@@ -90,6 +90,11 @@ class Lane:
         return len(self._scheduler.queue)
 
     @property
+    def decode_ms(self) -> tuple[float, ...]:
+        """See `costs.DecodeCost`."""
+        return tuple(self._scheduler.decode_cost.ms)
+
+    @property
     def cells_used(self) -> int:
         return sum(sequence.computed for sequence in self._scheduler.slots if sequence is not None)
 
