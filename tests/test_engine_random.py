@@ -13,7 +13,9 @@ import pytest
 from gevent.lock import Semaphore
 
 from rustllama.core import GenerateRequest, LoadOptions, MemoryPlan, Span
+from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
+from rustllama.engine.memory import token_bytes
 from rustllama.engine.sequence import Sequence
 from rustllama.engine.states import as_tokens, common_prefix
 from rustllama.errors import Cancelled, InternalError
@@ -23,8 +25,8 @@ from tests.test_engine_lane import N_CTX, SLOTS, record, until_idle
 from tests.test_engine_reuse import GREEDY, assert_a_fresh_engine_agrees, said
 from tests.toys import CONTROL_TOKENS, write_toy
 
-TALKS, LARGE_CTX, ANSWER = 50, 1024, 10
-STORE_BYTES = 1_000_000  # for computed prompts: too little for all
+TALKS, LARGE_CTX, ANSWER = 50, 1024, 16
+STORED, STORED_TOKENS = 25, 2000  # states in memory, and their tokens: too few for all
 DISK_BYTES = (0, 100_000_000, 2_000_000)
 QUESTION, REPLY = "<|im_start|>", "<|im_end|><|im_start|>"
 
@@ -43,9 +45,10 @@ class World:
         self.ended: list[Sequence] = []  # those of them that came to their end
         self.respelled = 0  # prompts that are other tokens than their text alone gives
         self._rng = random.Random(seed)
-        exact = Settings(flash_attention="off", kv_cache_type="f32", num_thread=1, prompt_cache_memory=STORE_BYTES)
-        self.engines = LlamaEngines(replace(exact, home=home, prompt_cache_disk=DISK_BYTES[seed]))
         self._record = record(toy)
+        exact = Settings(flash_attention="off", kv_cache_type="f32", num_thread=1, home=home)
+        room = STORED * self._record.info.recurrent_state_bytes + STORED_TOKENS * token_bytes(self._record.info, exact)
+        self.engines = LlamaEngines(replace(exact, prompt_cache_memory=room, prompt_cache_disk=DISK_BYTES[seed]))
         self._engine = self._load()
         self._loaded = Semaphore()  # held by who needs the model as it is
         self._beginnings = [said(seed, self._rng.randint(20, 120)) for seed in range(3)]
@@ -62,6 +65,9 @@ class World:
     def _load(self) -> LlamaEngine:
         engine = self.engines(self._record, LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
         engine.reserve(LARGE_CTX, available_bytes=10**9)
+        for lane in engine._lanes:
+            costs = [self._rng.uniform(1, 2) for _ in range(16)]  # calls of any shape, and drafts
+            lane._scheduler.decode_cost = DecodeCost(lane.shape.n_slots, [0, *costs])
         return engine
 
     def _reload(self, *, at_once: bool) -> None:
@@ -104,7 +110,8 @@ class World:
 
     def _ask(self, prompt: tuple[int, ...], num_ctx: int) -> tuple[Sequence, str]:
         stop = ("".join(self._rng.choices("abcdef", k=2)),) if self._rng.random() < 0.3 else ()
-        request = GenerateRequest("r", prompt, num_ctx=num_ctx, max_tokens=ANSWER, stop=stop, sampling=GREEDY)
+        exactly = self._rng.random() < 0.2
+        request = GenerateRequest("r", prompt, num_ctx, ANSWER, stop, GREEDY, reproducible=exactly)
         with self._loaded:
             stream = self._engine.submit(request)
         sequence = stream._sequence
@@ -137,8 +144,8 @@ def held_by_another(sequence: Sequence, others: list[Sequence]) -> int:
 def test_conversations_at_random_answer_as_a_fresh_engine_does(
     wordy: Path, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Shared beginnings, turns by tokens and by text, stop strings, cancels, contexts of two sizes, unloads in the
-    middle, little memory for states, and a disk for them, one that is soon full, or none.
+    """Shared beginnings, turns by tokens and by text, stop strings, cancels, contexts of two sizes, calls of any shape,
+    drafts, unloads in the middle, little memory for states, and a disk for them, one that is soon full, or none.
     """
     world = World(wordy, seed, tmp_path)
     world.play()
@@ -146,6 +153,7 @@ def test_conversations_at_random_answer_as_a_fresh_engine_does(
     assert all(sequence.cached <= held_by_another(sequence, world.sequences) for sequence in world.sequences)
     assert caplog.records == [], "no step failed, and no state was refused"
     assert len(world.sequences) > len(world.ended) > TALKS / 2
-    assert sum(sequence.cached > 0 for sequence in world.ended) >= 5
-    assert world.engines._shared.store.used_bytes > STORE_BYTES / 2, "there was room for everything"
-    assert world.respelled > 0
+    assert any(sequence.cached for sequence in world.ended)
+    assert world.respelled
+    store = world.engines._shared.store
+    assert store.used_bytes > store.limit_bytes / 2, "there was room for everything"
