@@ -86,8 +86,8 @@ def test_every_size_is_measured_until_all_are_known() -> None:
     while rows := cost.wanted:
         seen.append(rows)
         cost.measured(rows, 100.0 * rows + len(seen))
-    assert seen == [1, 2, 4, 8, 16, 3, 5] * 2, "calls with drafts may have more rows than there are slots"
-    assert cost.ms[:6] == [0, 101, 202, 306, 403, 507], "the fastest of two"
+    assert seen == [1, 2, 4, 8, 16, 3, 5] * 3, "calls with drafts may have more rows than there are slots"
+    assert cost.ms[:6] == [0, 101, 202, 306, 403, 507], "the fastest of three"
 
 
 def test_drafts_cost_what_the_rows_cost_that_they_add() -> None:
@@ -126,3 +126,13 @@ def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:
     cost.observe(256, 0, 256 * 1.0)
     assert cost.ms_per_row(16, 0) == 5.0
     assert cost.ms_per_row(512, 0) == 1.0
+
+
+def test_what_was_known_is_measured_once_more() -> None:
+    cost = DecodeCost(1, [0, 10, 20, 0, 40, 0, 0, 0, 80, *[0] * 7, 160])
+    seen = []
+    while rows := cost.wanted:
+        seen.append(rows)
+        cost.measured(rows, 5.0)
+    assert seen == [1, 2, 4, 8, 16]
+    assert cost.ms[16] == 5, "a disturbed measure is not for ever"

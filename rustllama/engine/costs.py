@@ -14,7 +14,7 @@ _WORTH_SPLITTING = 0.95  # of the plain call's cost: a gain below the noise of t
 _SHALLOW = 256  # tokens; deeper, a decode call's time tells more about attention than about its rows
 DRAFT_ROWS = 16  # of one sequence in a call, at most
 _DRAFTS = (1, 3, 7, 15)  # that a sequence may carry: with its token, sizes that every kernel likes
-_TRIES = 2
+_TRIES = 3  # apart in time: a neighbour on the machine disturbs all that it meets
 _CORRECTION = 0.05
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
 _FORGETTING = 0.9  # what the past weighs at each observation of a prompt call: about ten of them count
@@ -40,13 +40,14 @@ class DecodeCost:
     slots: int = 0
     ms: list[float] = field(default_factory=list)
     complete: Callable[[list[float]], None] = lambda ms: None  # gets `ms` when all that is wanted was measured
-    _tries: dict[int, int] = field(default_factory=dict)  # of those that were measured here
+    _tries: dict[int, int] = field(default_factory=dict)  # how often each was measured; what was known counts as well
     _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
     _moved: float = 0.0  # share by which `ms` changed since the splits were chosen
 
     def __post_init__(self) -> None:
         most = max(self.slots, DRAFT_ROWS)
         self.ms = (self.ms + [0.0] * (most + 1))[: most + 1]
+        self._tries = {rows: _TRIES - 1 if ms else 0 for rows, ms in enumerate(self.ms)}
 
     @property
     def wanted(self) -> int | None:
@@ -54,14 +55,13 @@ class DecodeCost:
         if not self.slots:
             return None
         useful = {*range(1, self.slots + 1), *(1 + count for count in _DRAFTS)}
-        tries = {rows: self._tries.get(rows, 0) for rows in useful if rows in self._tries or not self.ms[rows]}
-        wanted = [rows for rows, done in tries.items() if done < _TRIES]
-        return min(wanted, key=lambda rows: (tries[rows], rows.bit_count(), rows), default=None)
+        wanted = [rows for rows in useful if self._tries[rows] < _TRIES]
+        return min(wanted, key=lambda rows: (self._tries[rows], rows.bit_count(), rows), default=None)
 
     def measured(self, rows: int, ms: float) -> None:
         """Of a call on empty sequences: the fastest of several is the true one, the others were disturbed."""
         self.ms[rows] = min(ms, self.ms[rows] or ms)
-        self._tries[rows] = self._tries.get(rows, 0) + 1
+        self._tries[rows] += 1
         self._splits.clear()
         if self.wanted is None:
             self.complete(self.ms)
