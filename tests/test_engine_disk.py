@@ -50,7 +50,8 @@ def toy(request: pytest.FixtureRequest, toys: dict[str, Path]) -> Path:
 @contextmanager
 def process(home: Path, toy: Path, **settings: object) -> Iterator[LlamaEngine]:
     """The engine of a server that starts with this state folder, and ends with the block."""
-    chosen = {"home": home, "prompt_cache_disk": ROOM, "flash_attention": "off", "kv_cache_type": "f32", **settings}
+    exact = {"flash_attention": "off", "kv_cache_type": "f32", "num_thread": 1}
+    chosen = {"home": home, "prompt_cache_disk": ROOM, **exact, **settings}
     made = LlamaEngines(Settings(**chosen))  # type: ignore[arg-type]
     engine = made(record(toy), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
     yield engine

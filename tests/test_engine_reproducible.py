@@ -29,7 +29,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def engine(quantized: Path) -> Iterator[LlamaEngine]:
-    made = LlamaEngines(Settings())(record(quantized), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
+    made = LlamaEngines(Settings(num_thread=1))(record(quantized), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
     yield made
     until_idle(made)
     made.check_integrity()

@@ -141,7 +141,7 @@ def test_a_conversation_that_goes_on_at_once_waits_until_its_state_is_saved(toy:
 
 
 def test_an_unload_forgets_nothing(toy: Path) -> None:
-    engines = LlamaEngines(Settings(flash_attention="off", kv_cache_type="f32"))
+    engines = LlamaEngines(Settings(flash_attention="off", kv_cache_type="f32", num_thread=1))
     counts = []
     for _ in range(2):
         engine = engines(record(toy), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))

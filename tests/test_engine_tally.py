@@ -113,7 +113,7 @@ def test_a_running_engine_tells_of_its_cells(engine: LlamaEngine) -> None:
 
 
 def test_the_counts_of_a_model_outlive_it(toys: dict[str, Path]) -> None:
-    engines = LlamaEngines(Settings(flash_attention="off", kv_cache_type="f32"))
+    engines = LlamaEngines(Settings(flash_attention="off", kv_cache_type="f32", num_thread=1))
     for count in (1, 2):
         engine = engines(record(toys["llama"]), LoadOptions(), MemoryPlan(N_CTX, SLOTS, 0))
         finish(engine, ask(1, max_tokens=5))
