@@ -149,12 +149,9 @@ class FakeEngine:
 
 
 @dataclass(slots=True)
-class FakeEngines:
-    """An engine factory that keeps what it made."""
+class FakeKeeper:
+    """What every engine factory keeps beside its engines; see `manager.EngineFactory`."""
 
-    script: Script = field(default_factory=Script)
-    made: list[FakeEngine] = field(default_factory=list)
-    options: list[LoadOptions] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     prompt_cache_bytes: int = 0
@@ -168,6 +165,15 @@ class FakeEngines:
 
     def flush(self) -> None:
         self.flushed = True
+
+
+@dataclass(slots=True)
+class FakeEngines(FakeKeeper):
+    """An engine factory that keeps what it made."""
+
+    script: Script = field(default_factory=Script)
+    made: list[FakeEngine] = field(default_factory=list)
+    options: list[LoadOptions] = field(default_factory=list)
 
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None]

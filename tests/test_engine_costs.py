@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rustllama.engine.costs import DecodeCost, PromptCost, Split
 
-Q8_0 = [0, 32, 91, 112, 128, 172, 192, 213, 132, 170, 202, 190, 172, 220, 243, 230, 203]  # ms of a 1B on two cores
+Q8_0 = [0, 32, 91, 112, 128, 172, 192, 213, 132, 170, 202, 190, 172, 220, 243, 230, 203]  # ms, like a 1B's on two cores
 FLAT = [0] + [5.0] * 16  # like a GPU
 
 
@@ -136,3 +136,14 @@ def test_what_was_known_is_measured_once_more() -> None:
         cost.measured(rows, 5.0)
     assert seen == [1, 2, 4, 8, 16]
     assert cost.ms[16] == 5, "a disturbed measure is not for ever"
+
+
+def test_sizes_that_only_drafts_would_have_are_measured_for_drafts_only() -> None:
+    assert DecodeCost(1, may_draft=False).wanted is None, "there is nothing to choose"
+    cost = DecodeCost(3, may_draft=False)
+    seen = set()
+    while rows := cost.wanted:
+        seen.add(rows)
+        cost.measured(rows, 1.0)
+    assert seen == {1, 2, 3}
+    assert cost.of_drafts(1) == ()

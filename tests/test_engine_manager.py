@@ -26,11 +26,11 @@ from rustllama.core import (
 from rustllama.engine.facts import Facts
 from rustllama.engine.lease import Lease
 from rustllama.engine.manager import EngineManager
-from rustllama.engine.prefix_store import StoreState
-from rustllama.engine.tally import Tally, Unloaded
+from rustllama.engine.tally import Unloaded
 from rustllama.errors import BadModelFile, Draining, InternalError, OutOfMemory, RustllamaError
 from rustllama.registry import Registry
 from rustllama.settings import FOREVER, Settings
+from tests.fakes import FakeKeeper
 from tests.test_registry import NOWHERE
 
 MIB = 1024**2
@@ -72,24 +72,11 @@ class FakeEngine:
 
 
 @dataclass(slots=True)
-class Factory:
+class Factory(FakeKeeper):
     """Remembers what it made; `before` runs inside each load, half of which is done then."""
 
     made: list[FakeEngine] = field(default_factory=list)
     before: Callable[[], None] = lambda: None
-    forgotten: list[str] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-    prompt_cache_bytes: int = 0
-    flushed: bool = False
-
-    def forget(self, digest: str) -> None:
-        self.forgotten.append(digest)
-
-    def stores(self) -> tuple[StoreState, ...]:
-        return ()
-
-    def flush(self) -> None:
-        self.flushed = True
 
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None]

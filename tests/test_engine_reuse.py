@@ -27,6 +27,17 @@ GREEDY = SamplingParams(temperature=0)
 SHAPE = Shape("digest", N_CTX, SLOTS, "off", "f32")
 
 
+def other_shapes(shape: Shape) -> list[Shape]:
+    """One for each thing that shapes a state; the digest begins alike."""
+    return [
+        shape._replace(digest=f"{shape.digest} other"),
+        shape._replace(n_ctx=1),
+        shape._replace(n_slots=1),
+        shape._replace(flash_attention="on"),
+        shape._replace(kv_cache_type="f16"),
+    ]
+
+
 @pytest.fixture(params=SHAPES)
 def toy(request: pytest.FixtureRequest, toys: dict[str, Path]) -> Path:
     return toys[request.param]
@@ -230,16 +241,7 @@ def test_a_shorter_state_stays_where_the_longer_one_cannot_be_cut() -> None:
     assert len(list(store)) == 2
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        SHAPE._replace(digest="other"),
-        SHAPE._replace(n_ctx=1),
-        SHAPE._replace(n_slots=1),
-        SHAPE._replace(flash_attention="on"),
-        SHAPE._replace(kv_cache_type="f16"),
-    ],
-)
+@pytest.mark.parametrize("other", other_shapes(SHAPE))
 def test_a_state_of_another_shape_is_never_found(other: Shape) -> None:
     store = PrefixStore(limit_bytes=1000)
     store.put(saved(said(1, 20), other), Cuts())

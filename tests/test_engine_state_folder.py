@@ -16,6 +16,7 @@ import pytest
 
 from rustllama.engine.state_folder import StateFolder
 from rustllama.engine.states import Saved, Shape, Stored, as_tokens
+from tests.test_engine_reuse import other_shapes
 
 SHAPE = Shape("0123456789abcdef0123", 512, 4, "off", "f32")
 STATE_BYTES = 1000
@@ -99,16 +100,7 @@ def test_a_state_spoilt_since_it_was_found_is_not_believed(
     assert "is not used and deleted" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        SHAPE._replace(digest="0123456789abcdef other"),
-        SHAPE._replace(n_ctx=1),
-        SHAPE._replace(n_slots=1),
-        SHAPE._replace(flash_attention="on"),
-        SHAPE._replace(kv_cache_type="f16"),
-    ],
-)
+@pytest.mark.parametrize("other", other_shapes(SHAPE))
 def test_a_state_of_another_shape_is_never_found_whatever_its_name(
     folder: StateFolder, path: Path, other: Shape
 ) -> None:

@@ -55,7 +55,8 @@ class Machine:
         return tokens * self.token_bytes / self.bytes_per_ms
 
 
-# The first two were measured on two cores with AVX2; the third is a guess at an 8B in 4 bits on a large GPU.
+# Decode calls of the first two were measured on two cores with AVX2, in Q8_0, but those of 9, 11, 13 and 15 rows, which
+# are read between them; what a cell costs is an estimate. The third is a guess at an 8B in 4 bits on a large GPU.
 MACHINES = {
     "135m": Machine((6, 16, 20, 25, 28, 31, 32, 26, 29, 32, 32, 31, 34, 37, 33, 29), 1.15, 0.0008, 23_040),
     "1b": Machine((32, 91, 112, 128, 172, 192, 213, 132, 170, 202, 190, 172, 220, 243, 230, 203), 7.2, 0.001, 32_768),

@@ -14,12 +14,13 @@ _WORTH_SPLITTING = 0.95  # of the plain call's cost: a gain below the noise of t
 _SHALLOW = 256  # tokens; deeper, a decode call's time tells more about attention than about its rows
 DRAFT_ROWS = 16  # of one sequence in a call, at most
 _DRAFTS = (1, 3, 7, 15)  # that a sequence may carry: with its token, sizes that every kernel likes
+_FEWEST_TO_CHOOSE = 2  # sizes of calls
 _TRIES = 3  # apart in time: a neighbour on the machine disturbs all that it meets
 _CORRECTION = 0.05
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
 _FORGETTING = 0.9  # what the past weighs at each observation of a prompt call: about ten of them count
 _SPREAD = 64  # tokens of depth; over less, no slope can be told
-SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
+_SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
 _FIRST_CHUNK = 64  # tokens, before anything is known
 
 
@@ -39,6 +40,7 @@ class DecodeCost:
 
     slots: int = 0
     ms: list[float] = field(default_factory=list)
+    may_draft: bool = True
     complete: Callable[[list[float]], None] = lambda ms: None  # gets `ms` when all that is wanted was measured
     _tries: dict[int, int] = field(default_factory=dict)  # how often each was measured; what was known counts as well
     _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
@@ -52,9 +54,10 @@ class DecodeCost:
     @property
     def wanted(self) -> int | None:
         """How many rows to measure next; powers of two come first, as the cheapest calls are mostly made of them."""
-        if not self.slots:
+        drafts = {1 + count for count in _DRAFTS} if self.may_draft else set()
+        useful = drafts.union(range(1, self.slots + 1))
+        if not self.slots or len(useful) < _FEWEST_TO_CHOOSE:
             return None
-        useful = {*range(1, self.slots + 1), *(1 + count for count in _DRAFTS)}
         wanted = [rows for rows in useful if self._tries[rows] < _TRIES]
         return min(wanted, key=lambda rows: (self._tries[rows], rows.bit_count(), rows), default=None)
 
@@ -80,6 +83,8 @@ class DecodeCost:
         """For each number of tokens that so many sequences may draft: the cost of their call, as a multiple of the one
         without drafts.
         """
+        if not self.may_draft:
+            return ()
         plain = self.ms[sequences + scratch] if sequences + scratch < len(self.ms) else 0
         sizes = [(count, sequences * (1 + count)) for count in _DRAFTS]
         known = [(count, rows) for count, rows in sizes if plain and rows < len(self.ms) and self.ms[rows]]
@@ -150,10 +155,6 @@ class PromptCost:
 
     _lines: dict[int, _Line] = field(default_factory=dict)
 
-    @property
-    def known(self) -> bool:
-        return bool(self._lines)
-
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call of so many prompt tokens; `depth` is how many cells each of them saw, in the mean."""
         self._lines.setdefault(rows.bit_length(), _Line()).observe(depth, ms / rows)
@@ -168,16 +169,16 @@ class PromptCost:
         return line.at(depth, self._slope if line.slope is None else line.slope)
 
     def rows_within(self, ms: float, depth: float, most: int) -> int:
-        """The largest call that takes no longer, in steps of SMALLEST_CHUNK, at most `most`."""
+        """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`."""
         if not self._lines:
             return min(_FIRST_CHUNK, most)
-        best = SMALLEST_CHUNK
-        for bits in range(SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
+        best = _SMALLEST_CHUNK
+        for bits in range(_SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
             smallest, largest = 1 << (bits - 1), (1 << bits) - 1
             rows = min(int(ms / self.ms_per_row(smallest, depth + smallest / 2)), largest)
             if rows >= smallest:
                 best = max(best, rows)
-        return min(best, most) // SMALLEST_CHUNK * SMALLEST_CHUNK or most
+        return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
     @property
     def _slope(self) -> float:

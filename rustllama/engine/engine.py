@@ -177,18 +177,18 @@ class LlamaEngine:
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft)
         context = bridge.offload(Lane.open, self._model, shape, self._settings)
         settings, sharing = self._settings, Sharing(self._shelf(shape))
-        cost = self._decode_cost(n_slots)
+        cost = self._decode_cost(shape)
         scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)
         timeout_s = settings.request_timeout
         return Lane(self._model, context, shape, scheduler, self._shared.native, self._share, timeout_s)
 
-    def _decode_cost(self, n_slots: int) -> DecodeCost:
+    def _decode_cost(self, lane: LaneShape) -> DecodeCost:
         """Begins with what was measured before, by the same build on the same machine."""
         facts, settings = self._shared.facts, self._settings
         name = f"decode_ms {BUILD} {platform.node()} threads={self._n_threads} gpu={self._num_gpu} "
         name += f"flash_attention={settings.flash_attention} kv_cache_type={settings.kv_cache_type}"
         known = facts.get(self._digest, name, list[float]) or []
-        return DecodeCost(n_slots, known, complete=lambda ms: facts.keep(self._digest, name, ms))
+        return DecodeCost(lane.n_slots, known, lane.may_draft, complete=lambda ms: facts.keep(self._digest, name, ms))
 
     def _shelf(self, lane: LaneShape) -> Shelf | None:
         store, disk = self._shared.store, self._shared.disk if self._settings.prompt_cache_disk else None

@@ -63,6 +63,11 @@ class Entry:
             return trained, (*warnings, f"num_ctx {num_ctx} is more than the model was trained for: {trained} is used")
         return num_ctx, warnings
 
+    def is_outgrown_by(self, num_ctx: int) -> bool:
+        """Whether so many tokens need more than a usual slot."""
+        assert self.plan is not None
+        return num_ctx > self.plan.n_ctx
+
     def unused(self, options: LoadOptions) -> tuple[str, ...]:
         """A model that is loaded is not loaded again for another number of threads or layers: says so."""
         names = ("num_gpu", "num_thread", "num_batch", "use_mmap")

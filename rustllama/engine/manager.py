@@ -105,7 +105,7 @@ class EngineManager:
             if entry.error is not None:
                 raise entry.error
             allowed, warnings = entry.context(num_ctx)
-            if num_ctx is not None:
+            if entry.is_outgrown_by(allowed):
                 bridge.shielded(functools.partial(self._reserve, entry, allowed))
             load_ns = 0 if was_ready else time.perf_counter_ns() - started_ns
             lease = Lease(entry, self._release, load_ns, allowed, (*warnings, *entry.unused(options)))
@@ -226,10 +226,8 @@ class EngineManager:
 
     def _reserve(self, entry: Entry, num_ctx: int) -> None:
         assert entry.engine is not None
-        assert entry.plan is not None
-        if num_ctx > entry.plan.n_ctx:
-            with self._loading:
-                entry.engine.reserve(num_ctx, self._available())
+        with self._loading:
+            entry.engine.reserve(num_ctx, self._available())
 
     def _release(self, entry: Entry) -> None:
         entry.references -= 1

@@ -154,7 +154,6 @@ class Runner:
             yield sequence, self._sample(sequence, row + count, now_ns)
             if sequence.over or draft[count : count + 1] != sequence.tokens[-1:]:
                 break
-        sequence.drafted += count
         sequence.tally.drafts_accepted += count
         sequence.tally.drafts_rejected += len(draft) - count
         if count < len(draft):

@@ -44,7 +44,6 @@ class Sequence:
     cached: int = 0  # how many of them came from what was computed before
     source: Source = Source.COMPUTED  # of those that came so
     dropped: int = 0  # tokens that left a full context; its state is then of no use to others
-    drafted: int = 0  # tokens of the answer that were drafts first
     shift: ContextShift | None = None  # what may be dropped next
     order: int = 0  # of admission
     admitted_ns: int = 0
