@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_an_answer_counts_its_tokens_and_the_gaps_between_them(engine: LlamaEngi
     assert engine._tally.answer_tokens == 7
     assert sum(engine._tally.gaps.counts) == 6
     assert engine._tally.gaps.sum_ns > 0
+
+
+def test_the_time_of_the_calls_counts_by_what_they_compute(engine: LlamaEngine) -> None:
+    started_ns = time.perf_counter_ns()
+    finish(engine, ask(1, max_tokens=1))
+    prompt_ns, decode_ns = engine._tally.prompt_ns, engine._tally.decode_ns
+    finish(engine, ask(1, max_tokens=7))
+    assert (prompt_ns > 0, decode_ns) == (True, 0)
+    assert 0 < engine._tally.decode_ns < time.perf_counter_ns() - started_ns
 
 
 def test_drafts_count_by_whether_they_came_true(tmp_path: Path) -> None:

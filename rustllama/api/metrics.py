@@ -23,7 +23,7 @@ from rustllama.engine.tally import Histogram, ModelTally, Source, Unloaded
 
 _NS_PER_S = 1_000_000_000
 
-Numbers = Mapping[tuple[str, ...], int]
+Numbers = Mapping[tuple[str, ...], float]
 """By the values of labels."""
 
 _STATES: tuple[tuple[str, str, Callable[[EngineState], int]], ...] = (
@@ -48,6 +48,12 @@ _TOTALS: tuple[tuple[str, str, tuple[str, ...], Callable[[ModelTally], Numbers]]
         lambda tally: {(source.value,): tally.prompt_tokens[source] for source in Source},
     ),
     ("answer_tokens", "Tokens generated.", (), lambda tally: {(): tally.answer_tokens}),
+    (
+        "compute_seconds",
+        "Time in llama.cpp's calls: for tokens of answers, or of prompts.",
+        ("work",),
+        lambda tally: {("decode",): tally.decode_ns / _NS_PER_S, ("prompt",): tally.prompt_ns / _NS_PER_S},
+    ),
     (
         "draft_tokens",
         "Tokens drafted from what was said before; accepted ones are among the tokens generated.",

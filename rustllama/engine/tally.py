@@ -74,6 +74,8 @@ class ModelTally:
     prompts: Counter[Source] = field(default_factory=Counter)  # whose first token was sampled; native thread
     prompt_tokens: Counter[Source] = field(default_factory=Counter)  # native thread
     answer_tokens: int = 0  # native thread
+    decode_ns: int = 0  # in llama.cpp's calls; native thread
+    prompt_ns: int = 0  # likewise
     drafts_accepted: int = 0  # tokens; native thread
     drafts_rejected: int = 0
 
