@@ -14,6 +14,7 @@ from rustllama.api.metrics import Metrics
 from rustllama.api.models import Models
 from rustllama.api.ollama import Ollama
 from rustllama.api.openai import OpenAI
+from rustllama.api.openapi import OpenAPI
 from rustllama.engine.facts import Facts
 from rustllama.engine.manager import EngineFactory, EngineManager
 from rustllama.registry import Registry
@@ -43,6 +44,7 @@ def create_app(
     failures.install(app)
     Guard(settings, manager).install(app)
     metrics = Metrics(manager, engine_factory)
-    for endpoints in (Home(manager), Models(catalog, manager), Ollama(answers), OpenAI(answers), metrics):
+    dialects = (Models(catalog, manager), Ollama(answers), OpenAI(answers))
+    for endpoints in (Home(manager), *dialects, metrics, OpenAPI(app)):
         endpoints.register(app)
     return app

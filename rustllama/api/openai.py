@@ -43,7 +43,7 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool = False
 
 
-class ChatBody(Struct, frozen=True):
+class CompletionBody(Struct, frozen=True):
     """What OpenAI has and Ollama's options have not."""
 
     messages: list[dict[str, object]]
@@ -64,7 +64,7 @@ class OpenAI:
     def chat_completions(self) -> Response:
         raw = body()
         refuse_unbuilt(raw, _UNBUILT)
-        asked = typed(ChatBody, raw)
+        asked = typed(CompletionBody, raw)
         answer = self._answers.start(_job(raw, asked), request.environ)
         frames = OpenAIFrames(answer, include_usage=asked.stream_options.include_usage)
         return respond(answer, frames, streamed=asked.stream)
@@ -118,7 +118,7 @@ class OpenAIFrames:
         return {"warnings": self._answer.warnings} if self._answer.warnings else {}
 
 
-def _job(raw: Fields, asked: ChatBody) -> Job:
+def _job(raw: Fields, asked: CompletionBody) -> Job:
     if not asked.messages:
         raise BadRequest("'messages' must have at least one message.", "messages")
     options = typed(Options, raw)
