@@ -73,6 +73,7 @@ class GenerateRequest:
     sampling: SamplingParams = SamplingParams()
     reproducible: bool = False  # the same tokens, bit for bit, whatever else runs or ran
     shift: ContextShift | None = None  # None: a full context ends the answer
+    owner: str = ""  # only prompts of the same owner share what was computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,13 @@ class EngineState:
 class Engine(Protocol):
     """One loaded model, as the layers above see it. All methods are called from the hub's greenlets."""
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
+    def tokenize(
+        self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True, owner: str = ""
+    ) -> tuple[int, ...]:
         """`add_special` begins with the BOS token where the vocabulary wants one and the text has none.
 
-        `as_written`: what the model wrote before may become the tokens it wrote, not those its text gives now.
+        `as_written`: what the model wrote before, for this owner, may become the tokens it wrote, not those its text
+        gives now.
         """
 
     def reserve(self, num_ctx: int, available_bytes: int) -> None:

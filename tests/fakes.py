@@ -109,7 +109,9 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.closed = False
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
+    def tokenize(
+        self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True, owner: str = ""
+    ) -> tuple[int, ...]:
         assert not self.closed
         self.prompts.append(spans)
         self.as_written = as_written

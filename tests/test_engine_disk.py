@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import gevent
@@ -67,6 +68,12 @@ def until_written(disk: DiskStore) -> None:
             gevent.sleep(0.001)
 
 
+def until_known(engine: LlamaEngine) -> None:
+    with gevent.Timeout(30):
+        while not any(list(index) for index in engine._shared.disk._indexes.values()):
+            gevent.sleep(0.001)
+
+
 def files(home: Path) -> list[Path]:
     return sorted((home / "prompts").glob("*")) if (home / "prompts").exists() else []
 
@@ -91,6 +98,17 @@ def test_what_is_read_from_disk_is_counted(toys: dict[str, Path], tmp_path: Path
         state = engine._shared.disk.state()
         assert (state.limit_bytes, state.states, state.tokens, state.evicted) == (ROOM, 1, 101, 0)
         assert state.used_bytes == files(tmp_path)[0].stat().st_size
+
+
+def test_what_is_on_disk_is_for_its_owner_only(toys: dict[str, Path], tmp_path: Path) -> None:
+    asked = replace(request((*said(1, 100), 5), 1), owner="a")
+    with process(tmp_path, toys["llama"]) as engine:
+        finish(engine, asked)
+    with process(tmp_path, toys["llama"]) as engine:
+        finish(engine, replace(asked, prompt=said(2, 20)))  # from here on it knows what this owner has
+        until_known(engine)
+        found = [finish(engine, replace(asked, owner=owner))[1].cached_tokens for owner in ("b", "", "a")]
+    assert found == [0, 0, 100]
 
 
 def test_prompts_that_come_together_after_a_restart_all_use_what_is_on_disk(toy: Path, tmp_path: Path) -> None:

@@ -63,8 +63,11 @@ def _checked(engine: LlamaEngine) -> Iterator[LlamaEngine]:
 
 
 def until_idle(engine: LlamaEngine) -> None:
+    """Waits until nothing runs, and what ended is saved, which would take a while."""
     with gevent.Timeout(30):
         while engine.state().running or engine.state().queued or any(lane.ended for lane in engine._lanes):
+            for lane in engine._lanes:
+                lane._wake()
             gevent.sleep(0.001)
 
 

@@ -50,7 +50,9 @@ class FakeEngine:
     ended: RustllamaError | None = None
     close_s: float = 0.0
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
+    def tokenize(
+        self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True, owner: str = ""
+    ) -> tuple[int, ...]:
         raise NotImplementedError
 
     def submit(self, request: GenerateRequest) -> Stream:

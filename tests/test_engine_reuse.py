@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from rustllama.engine.prefix_store import PrefixStore
 from rustllama.engine.recall import Recall
 from rustllama.engine.sequence import Sequence
 from rustllama.engine.states import WORTH_REUSING, Cuts, Saved, Shape, as_tokens, common_prefix
+from rustllama.engine.tally import Source
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
 from tests.test_engine_lane import N_CTX, SLOTS, _checked, open_engine, record, until_idle
@@ -134,6 +136,26 @@ def test_a_conversation_goes_on_from_its_last_state(toy: Path) -> None:
     assert_a_fresh_engine_agrees(toy, [stream._sequence])
 
 
+def test_the_next_turn_goes_on_in_the_same_slot(toy: Path) -> None:
+    for engine in _checked(open_engine(toy)):
+        turns = [engine.submit(request(said(1, 40)))]
+        for seed in range(2, 6):
+            list(turns[-1])
+            turns.append(engine.submit(request((*turns[-1]._sequence.tokens, *said(seed, 10)))))
+        list(turns[-1])
+        assert engine._tally.prompts == {Source.COMPUTED: 1, Source.RUNNING: 4}
+        assert all(b._sequence.cached == a._sequence.computed for a, b in itertools.pairwise(turns))
+        until_idle(engine)
+        assert len(list(engine._shared.store)) == 1, "only what nobody went on from was saved"
+    assert_a_fresh_engine_agrees(toy, [turn._sequence for turn in turns])
+
+
+def test_another_prompt_leaves_what_ended_to_others(llama: LlamaEngine) -> None:
+    tokens = written(llama, request(said(1, 40)))
+    finish(llama, request(tokens[:30] + said(2, 20)))
+    assert cached(llama, (*tokens, 7)) == len(tokens) - 1
+
+
 def test_a_border_that_came_back_is_kept_where_states_cannot_be_cut(toys: dict[str, Path]) -> None:
     for engine in _checked(open_engine(toys["mamba"])):
         common = said(1, 60)
@@ -143,12 +165,29 @@ def test_a_border_that_came_back_is_kept_where_states_cannot_be_cut(toys: dict[s
         assert cached(engine, common + said(4, 10)) == 60
 
 
-def test_a_conversation_that_goes_on_at_once_waits_until_its_state_is_saved(toy: Path) -> None:
+def test_a_conversation_that_goes_on_at_once_has_its_state_while_others_run_too(toy: Path) -> None:
     for engine in _checked(open_engine(toy)):
-        stream = engine.submit(request(said(1, 40)))
-        list(stream)
-        tokens = tuple(stream._sequence.tokens)
+        other = engine.submit(request(said(9, 20), 200))
+        tokens = written(engine, request(said(1, 40)))
         assert finish(engine, request(tokens + said(2, 5)))[1].cached_tokens == len(tokens) - 1
+        other.cancel()
+
+
+def test_owners_share_nothing(llama: LlamaEngine) -> None:
+    asked = [replace(request((*said(1, 60), seed), 20), owner=owner) for seed, owner in enumerate("aabb")]
+    streams = [llama.submit(request) for request in asked]
+    usages = [list(stream)[-1].usage for stream in streams]
+    assert [usage.cached_tokens for usage in usages if usage] == [0, 60, 0, 60], "while they run"
+    later = [finish(llama, replace(request((*said(1, 60), 7)), owner=owner))[1] for owner in "abc"]
+    assert [usage.cached_tokens for usage in later] == [60, 60, 0], "what is kept"
+
+
+def test_what_a_model_wrote_for_one_owner_is_tokens_for_no_other(llama: LlamaEngine) -> None:
+    letters = tuple(token for letter in "let us see it again" for token in spelled(llama, letter))
+    finish(llama, replace(request(letters, 1), owner="a"))
+    span = (Span("let us see it again", trusted=False),)
+    found = [llama.tokenize(span, add_special=False, owner=owner) == letters for owner in ("a", "b", "")]
+    assert found == [True, False, False]
 
 
 def test_an_unload_forgets_nothing(toy: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rustllama.core import Delta, GenerateRequest, Reading
-from rustllama.engine.batch import Batch, Clear, Move, Outcome, Swap, Timing
+from rustllama.engine.batch import Batch, Clear, Inherit, Move, Outcome, Swap, Timing
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.prefix_store import PrefixStore
 from rustllama.engine.scheduler import Scheduler
@@ -134,10 +134,63 @@ def test_a_prompt_alone_gets_a_whole_batch() -> None:
     assert step(made).prompt[0].count == 512
 
 
+def test_a_prompt_alone_keeps_the_gap_of_another_models_streams() -> None:
+    made = scheduler(prompt_ms_per_token=1.0)
+    made.add(sequence(512))
+    batch = made.plan(1, others_wait=True)
+    assert batch is not None
+    assert batch.prompt[0].count == 200
+
+
+def a_shelf() -> Shelf:
+    return Shelf(PrefixStore(limit_bytes=1000), Shape("digest", 512, 4, "off", "f32"), Cuts(), token_bytes=1)
+
+
+def ended_with_a_shelf() -> tuple[Scheduler, Sequence]:
+    """A sequence of 30 tokens that is over, in the first of two slots."""
+    made, first = scheduler(n_slots=2), sequence(30, max_tokens=1)
+    made.sharing.shelf = a_shelf()
+    made.add(first)
+    step(made)
+    return made, first
+
+
+def test_who_goes_on_from_where_one_ended_takes_its_slot() -> None:
+    made, first = ended_with_a_shelf()
+    other, heir = sequence(20), sequence(40)
+    made.add(other)
+    made.add(heir)
+    batch = made.plan(1)
+    assert batch is not None
+    assert batch.arrange[0] == Inherit(0, first, heir)
+    assert (made.slots, heir.cached) == ([heir, other], 30)
+
+
+def test_nobody_jumps_the_queue_for_a_slot() -> None:
+    made, first = ended_with_a_shelf()
+    waiting = [sequence(20), sequence(20), sequence(40)]
+    for s in waiting:
+        made.add(s)
+    assert made.plan(1).arrange[0] == Clear(0, first, keep=True)  # type: ignore[union-attr]
+    assert made.slots == waiting[:2]
+
+
+def test_an_exact_answer_takes_over_no_slot() -> None:
+    made, first = ended_with_a_shelf()
+    made.add(sequence(40, reproducible=True))
+    assert made.plan(1).arrange[0] == Clear(0, first, keep=True)  # type: ignore[union-attr]
+
+
+def test_only_what_ended_is_left_until_a_request_comes() -> None:
+    made, _ = ended_with_a_shelf()
+    assert made.only_ended
+    made.add(sequence())
+    assert not made.only_ended
+
+
 def test_two_prompts_whose_states_could_not_be_used_do_not_wait_for_each_other() -> None:
-    shelf = Shelf(PrefixStore(limit_bytes=1000), Shape("digest", 512, 4, "off", "f32"), Cuts(), token_bytes=1)
     made, both = scheduler(prompt_ms_per_token=1.0), [sequence(100), sequence(100)]
-    made.sharing.shelf = shelf
+    made.sharing.shelf = a_shelf()
     for s in both:
         made.add(s)
     batch = made.plan(1)

@@ -72,7 +72,7 @@ def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder, private_server(Home(Path(folder))) as url:
         Client(url).create(MODEL_NAME, str(path.absolute()))
         load = LoadRun(replace(plan, url=url, api="rustllama", model=MODEL_NAME, requests=plan.concurrency))
-        _let_measure(url)
+        let_measure(url, MODEL_NAME)
         for _ in range(pairs):
             server, _ = load.measure()
             bare = run_bare(path, replace(plan, prompt_tokens=round(server.prompt_tokens or plan.prompt_tokens)))
@@ -81,13 +81,13 @@ def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     return Comparison(together, whole)
 
 
-def _let_measure(url: str) -> None:
+def let_measure(url: str, model: str) -> None:
     """A server measures its decode calls when it rests, which it does not do under load."""
-    known = -1
-    while known < (known := requests.get(f"{url}/metrics", timeout=_REST_S).text.count(_MEASURED)):
+    known, measured = -1, f'{_MEASURED}model="{model}"'
+    while known < (known := requests.get(f"{url}/metrics", timeout=_REST_S).text.count(measured)):
         time.sleep(_REST_S)
         hello = Message(role="user", content="Hello")
-        deque(Client(url).chat(MODEL_NAME, [hello], {"num_predict": 1}), maxlen=0)
+        deque(Client(url).chat(model, [hello], {"num_predict": 1}), maxlen=0)
 
 
 def run_bare(path: Path, plan: Plan) -> Figures:

@@ -44,6 +44,7 @@ class Figures:
     gap_ms: Spread | None
     stream_tokens_per_s: float | None  # median of the streams, each from its first token to its last
     together_tokens_per_s: float | None  # of all streams while every one of them had its first token and none its last
+    busy_s: float  # while any request ran
     all_tokens_per_s: float | None  # from the first request to the last token, prompts included
     server_ms: dict[str, float]  # medians of what the server said
 
@@ -76,6 +77,7 @@ def figures(traces: Sequence[Trace]) -> Figures:
         gap_ms=Spread.of([gap for trace in done for gap in trace.gaps_s()]),
         stream_tokens_per_s=statistics.median(rates) if rates else None,
         together_tokens_per_s=_rate_together(done),
+        busy_s=_busy_s(done),
         all_tokens_per_s=tokens / spent_s if spent_s > 0 else None,
         server_ms=_medians([trace.server_ms for trace in done]),
     )
@@ -111,6 +113,14 @@ def as_json(found: Figures, disturbed: Intrusion | None) -> str:
     return msgspec.json.encode({**asdict(found), "intrusion": disturbed}).decode()
 
 
+def _busy_s(done: Sequence[Trace]) -> float:
+    spent_s = until_s = 0.0
+    for trace in sorted(done, key=lambda trace: trace.started_s):
+        spent_s += max(0.0, trace.last_s - max(trace.started_s, until_s))
+        until_s = max(until_s, trace.last_s)
+    return spent_s
+
+
 def _rate_together(done: Sequence[Trace]) -> float | None:
     begin_s = max((trace.first_s for trace in done), default=math.inf)
     end_s = min((trace.last_s for trace in done), default=-math.inf)
@@ -140,6 +150,7 @@ def _rows(found: Figures) -> list[tuple[str, str]]:
         ("a stream", _rate(found.stream_tokens_per_s)),
         ("all streams together", _rate(found.together_tokens_per_s)),
         ("whole run", _rate(found.all_tokens_per_s)),
+        ("busy", f"{found.busy_s:.1f} s"),
         ("server says", ", ".join(f"{name} {value:.1f} ms" for name, value in found.server_ms.items())),
     ]
     return [(name, value) for name, value in rows if value]

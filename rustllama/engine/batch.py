@@ -19,6 +19,15 @@ class Clear:
 
 
 @dataclass(frozen=True, slots=True)
+class Inherit:
+    """The slot's sequence has ended, and `heir` goes on from its state."""
+
+    slot: int
+    sequence: Sequence
+    heir: Sequence
+
+
+@dataclass(frozen=True, slots=True)
 class Move:
     """The state in `source` goes to the empty `target`."""
 
@@ -56,7 +65,7 @@ class Restore:
     match: Match
 
 
-Arrangement = Clear | Move | Swap | Copy | Restore
+Arrangement = Clear | Inherit | Move | Swap | Copy | Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,7 @@ class Kept:
     held: int
     state: memoryview
     exact: int
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,17 +50,17 @@ class DiskStore:
         bridge.spawn(lambda: self._learn(shape, index, complete))
         complete.wait(_PATIENCE_S)
 
-    def known(self, digest: str) -> Iterator[Tokens]:
-        """The tokens of all that is on disk of a model."""
+    def known(self, digest: str, owner: str) -> Iterator[Tokens]:
+        """The tokens of all that is on disk of a model, for this owner."""
         for shape, index in self._indexes.items():
-            if shape.digest == digest:
+            if shape.digest == digest and shape.owner == owner:
                 yield from (stored.tokens for stored in index)
 
     def find(self, shape: Shape, prompt: Tokens) -> tuple[Stored, int] | None:
-        return self._indexes[shape].longest(prompt)
+        return self._index(shape).longest(prompt)
 
     def fetch(self, stored: Stored) -> None:
-        index = self._indexes[stored.shape]
+        index = self._index(stored.shape)
         with self._reading:
             state = bridge.offload(self._folder.read, stored) if stored in index else None
             if state is None:
@@ -75,7 +75,7 @@ class DiskStore:
         self._see_off(left)
 
     def refuse(self, saved: Saved) -> None:
-        index = self._indexes[saved.shape]
+        index = self._index(saved.shape)
         same = [stored for stored in index.prefixes(saved.tokens[: saved.held]) if stored.held == saved.held]
         for stored in same:
             index.discard(stored)
@@ -109,6 +109,13 @@ class DiskStore:
                 assert bridge.offload(self._folder.sizes, shape) == recorded
                 assert bridge.offload(lambda: self._folder.used_bytes) <= self._folder.limit_bytes
 
+    def _index(self, shape: Shape) -> PrefixIndex[Stored]:
+        """What there is of one owner among many is learnt at the first need, for which it comes too late."""
+        if shape not in self._indexes:
+            index = self._indexes[shape] = PrefixIndex(self._indexes[shape._replace(owner="")].cuts)
+            bridge.spawn(lambda: self._learn(shape, index, bridge.Event()))
+        return self._indexes[shape]
+
     def _clear(self, digest: str) -> None:
         for shape, index in self._indexes.items():
             if shape.digest == digest:
@@ -125,7 +132,7 @@ class DiskStore:
         """Whether the disk should have it, and has not."""
         if saved.held < WORTH_READING or len(saved.state) > self._folder.limit_bytes:
             return False
-        return not self._indexes[saved.shape].covers(saved.tokens[: saved.held])
+        return not self._index(saved.shape).covers(saved.tokens[: saved.held])
 
     def _set_timer(self) -> None:
         if self._timer is None:
@@ -174,7 +181,7 @@ class DiskStore:
             self._evicted += len(left)
             if stored is None:
                 return False
-            index = self._indexes[saved.shape]
+            index = self._index(saved.shape)
             superfluous = [other.name for other in index.superfluous(stored)]
             index.add(stored)
             self._discard(superfluous)

@@ -110,8 +110,10 @@ class LlamaEngine:
             if not self._lanes:
                 self._model.close()
 
-    def tokenize(self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True) -> tuple[int, ...]:
-        return bridge.offload(self._tokenize, spans, add_special, self._known() if as_written else [])
+    def tokenize(
+        self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True, owner: str = ""
+    ) -> tuple[int, ...]:
+        return bridge.offload(self._tokenize, spans, add_special, self._known(owner) if as_written else [])
 
     def reserve(self, num_ctx: int, available_bytes: int) -> None:
         self._close_idle_lanes()
@@ -212,12 +214,14 @@ class LlamaEngine:
                 self._lanes.remove(lane)
                 lane.close()
 
-    def _known(self) -> list[Tokens]:
+    def _known(self, owner: str) -> list[Tokens]:
+        """All that the model wrote for this owner, with what was said to it."""
         if not self._settings.reuse_text:
             return []
-        ended = [as_tokens(s.tokens) for lane in self._lanes for s in lane.ended if not s.dropped]
-        saved = [saved.tokens for saved in self._shared.store if saved.shape.digest == self._digest]
-        return [*ended, *saved, *self._shared.disk.known(self._digest)]
+        ended = (s for lane in self._lanes for s in lane.ended if not s.dropped and s.request.owner == owner)
+        kept = (saved for saved in self._shared.store if saved.shape.digest == self._digest)
+        saved = [saved.tokens for saved in kept if saved.shape.owner == owner]
+        return [*(as_tokens(s.tokens) for s in ended), *saved, *self._shared.disk.known(self._digest, owner)]
 
     def _tokenize(self, spans: tuple[Span, ...], add_special: bool, known: list[Tokens]) -> tuple[int, ...]:
         """What the model wrote stays as it wrote it: see `recall`."""

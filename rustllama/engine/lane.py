@@ -22,6 +22,7 @@ from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
 from rustllama.settings import FOREVER, Settings
 
+LINGER_S = 0.5
 _PATIENCE_S = 0.5
 _MEASURING_MS = 1_500  # in one rest
 _log = logging.getLogger("rustllama.engine")
@@ -165,6 +166,7 @@ class Lane:
         while self._work.is_set() or not self._closing:
             try:
                 if self._work.is_set():
+                    self._linger()
                     self._compute()
                 else:
                     self._rest()
@@ -175,13 +177,22 @@ class Lane:
     def _compute(self) -> None:
         """Takes a turn: steps until others should have theirs, or nothing is to be done."""
         with self._turn():
-            while self._step() and not self._turns.over(time.perf_counter_ns()):
+            while self._step() and not self._scheduler.only_ended and not self._turns.over(time.perf_counter_ns()):
                 pass
+
+    def _linger(self) -> None:
+        """Where nothing runs, what ended is saved only after a while: programs send the next turn of a conversation at
+        once, and it goes on in the same slot.
+        """
+        if self._scheduler.only_ended and not self._closing:
+            self._work.clear()
+            self._work.wait(LINGER_S)
+            self._work.set()
 
     def _step(self) -> bool:
         """Runs a batch; False when there is nothing to do."""
         self._runner.interrupted = False
-        batch = self._scheduler.plan(time.perf_counter_ns())
+        batch = self._scheduler.plan(time.perf_counter_ns(), others_wait=bool(self._turns.waiting))
         fetches = self._scheduler.sharing.fetches
         while fetches:
             bridge.spawn(functools.partial(self._fetch, fetches.pop()))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from rustllama.core import Delta
-from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Kept, Move, Outcome, Restore, Swap, Timing
+from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Inherit, Kept, Move, Outcome, Restore, Swap, Timing
 from rustllama.engine.drafts import Drafter
 from rustllama.engine.native import Aborted, Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
@@ -103,8 +103,9 @@ class Runner:
                     if keep:
                         yield _kept(sequence, sequence.tokens, sequence.computed, self._context.save(slot))
                     self._context.clear(slot)
-                    if sequence in self._samplers:
-                        self._samplers.pop(sequence).close()
+                    self._drop_sampler(sequence)
+                case Inherit(_, sequence, _):
+                    self._drop_sampler(sequence)
                 case Move(source, target):
                     self._context.move(source, target)
                 case Swap(one, other):
@@ -117,6 +118,10 @@ class Runner:
                     self._restore(target, sequence, copied[1], count)
                 case Restore(target, sequence, found):
                     self._restore(target, sequence, found.saved.state, found.count)
+
+    def _drop_sampler(self, sequence: Sequence) -> None:
+        if sequence in self._samplers:
+            self._samplers.pop(sequence).close()
 
     def _restore(self, slot: int, sequence: Sequence, state: memoryview, count: int) -> None:
         """Where llama.cpp does not end up with exactly those tokens, they are computed after all."""
@@ -143,6 +148,7 @@ class Runner:
         timing = Timing(len(tokens) + len(scratch), sum(positions) / len(positions), now_ns - started_ns)
         for slot in spare:
             self._context.clear(slot)
+        call.sequences[0].tally.decode_ns += timing.ns
         self._emit([delta for place in range(len(drafts)) for delta in self._take(call, place, drafts[place], now_ns)])
         return timing
 
@@ -189,6 +195,7 @@ class Runner:
         if not self._call(chunks, tokens, positions, slots, outputs):
             return None
         timing = Timing(len(tokens), sum(positions) / len(tokens), time.perf_counter_ns() - started_ns)
+        chunks[0].sequence.tally.prompt_ns += timing.ns
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
             chunk.sequence.tally.prompt_tokens[Source.COMPUTED] += chunk.count
@@ -237,4 +244,4 @@ class Runner:
 
 
 def _kept(sequence: Sequence, tokens: list[int], held: int, state: memoryview) -> Kept:
-    return Kept(tuple(tokens), held, state, min(sequence.exact, held))
+    return Kept(tuple(tokens), held, state, min(sequence.exact, held), sequence.request.owner)

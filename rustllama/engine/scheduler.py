@@ -7,11 +7,12 @@ Continuous batching after Orca (Yu et al., 2022), stall-free prefill after Sarat
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rustllama.engine.batch import Arrangement, Batch, Call, Chunk, Clear, Move, Outcome, Swap
+from rustllama.engine.batch import Arrangement, Batch, Call, Chunk, Clear, Inherit, Move, Outcome, Swap
 from rustllama.engine.costs import DecodeCost, PromptCost
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.sharing import Sharing
@@ -91,6 +92,11 @@ class Scheduler:
     def must_clear(self) -> bool:
         return any(sequence is not None and sequence.over for sequence in self.slots)
 
+    @property
+    def only_ended(self) -> bool:
+        """Whether nothing is left to do but to save what ended."""
+        return self.sharing.shelf is not None and self.must_clear and not self.queue and not self.running
+
     def position(self, sequence: Sequence) -> int:
         """Its place among those for whom no slot is free, 1 the first; 0 has one, or gets it in the next plan."""
         return max(0, self.queue.index(sequence) + 1 - self._free) if sequence in self.queue else 0
@@ -104,13 +110,13 @@ class Scheduler:
     def _free(self) -> int:
         return self.n_slots - len(self.running)
 
-    def plan(self, now_ns: int) -> Batch | None:
-        """The next step, or None when there is nothing to do."""
-        arrange: tuple[Arrangement, ...] = (*self._clear(), *self._close_ranks())
+    def plan(self, now_ns: int, *, others_wait: bool = False) -> Batch | None:
+        """The next step, or None when there is nothing to do. `others_wait`: streams of another model, perhaps."""
+        arrange: tuple[Arrangement, ...] = (*self._clear(now_ns), *self._close_ranks())
         self._admit(now_ns)
         arrange += tuple(self.sharing.plan(self.slots))
         decode = tuple(self._calls())
-        prompt = tuple(self._chunks(bool(decode), now_ns))
+        prompt = tuple(self._chunks(others_wait or bool(decode), now_ns))
         return Batch(arrange, decode, prompt, bool(self.sharing.followers)) if arrange or decode or prompt else None
 
     def apply(self, outcome: Outcome) -> None:
@@ -123,11 +129,18 @@ class Scheduler:
         if outcome.prompt is not None:
             self.prompt_cost.observe(outcome.prompt.rows, outcome.prompt.depth, outcome.prompt.ms)
 
-    def _clear(self) -> Iterator[Clear]:
+    def _clear(self, now_ns: int) -> Iterator[Clear | Inherit]:
+        """Who has ended leaves, and where a request that is next goes on from there, its state stays for that one."""
         for slot, sequence in enumerate(self.slots):
             if sequence is not None and sequence.over:
                 self.slots[slot] = None
-                yield self.sharing.clear(slot, sequence)
+                heir = self.sharing.heir(sequence, itertools.islice(self.queue, self._free))
+                if heir is None:
+                    yield self.sharing.clear(slot, sequence)
+                else:
+                    self.queue.remove(heir)
+                    self._begin(slot, heir, now_ns)
+                    yield self.sharing.inherit(slot, sequence, heir)
 
     def _close_ranks(self) -> Iterator[Move | Swap]:
         """Sequences that decode together get the lowest slots, those that decode alone come next, prompts follow:
@@ -152,10 +165,13 @@ class Scheduler:
     def _admit(self, now_ns: int) -> None:
         for slot, holder in enumerate(self.slots):
             if holder is None and self.queue:
-                self.slots[slot] = sequence = self.queue.popleft()
-                sequence.phase, sequence.admitted_ns = Phase.PREFILL, now_ns
-                sequence.tally.queue.observe(now_ns - sequence.arrived_ns)
-                sequence.order = self._admitted = self._admitted + 1
+                self._begin(slot, self.queue.popleft(), now_ns)
+
+    def _begin(self, slot: int, sequence: Sequence, now_ns: int) -> None:
+        self.slots[slot] = sequence
+        sequence.phase, sequence.admitted_ns = Phase.PREFILL, now_ns
+        sequence.tally.queue.observe(now_ns - sequence.arrived_ns)
+        sequence.order = self._admitted = self._admitted + 1
 
     def _calls(self) -> Iterator[Call]:
         """The decode calls of a step, in the cheapest shape; who wants the same bits always has a call alone."""
@@ -174,14 +190,14 @@ class Scheduler:
         held = (i for i, sequence in enumerate(self.slots[slot:]) if sequence is not None)
         return next(held, self.n_slots - slot)
 
-    def _chunks(self, decoding: bool, now_ns: int) -> list[Chunk]:
+    def _chunks(self, awaited: bool, now_ns: int) -> list[Chunk]:
         """The most urgent prompts first. A small piece of another one is left for later: what is longer or shorter than
         the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone.
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self.sharing.followers]
         waiting.sort(key=lambda item: self._urgency_ms(item[1], now_ns))
-        budget = left = self._prompt_budget(decoding, waiting[0][1].computed) if waiting else 0
+        budget = left = self._prompt_budget(awaited, waiting[0][1].computed) if waiting else 0
         chunks = list[Chunk]()
         for slot, sequence in waiting:
             if sequence.request.reproducible:
@@ -195,9 +211,9 @@ class Scheduler:
                 left -= count
         return sorted(chunks, key=lambda chunk: chunk.slot)
 
-    def _prompt_budget(self, decoding: bool, depth: int) -> int:
+    def _prompt_budget(self, awaited: bool, depth: int) -> int:
         """Tokens: what keeps the gap between two tokens of the running streams near the target."""
-        target_ms = max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms if decoding else _ALONE_MS
+        target_ms = max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms if awaited else _ALONE_MS
         return self.prompt_cost.rows_within(target_ms, depth, self.n_batch)
 
     def _reach(self, sequence: Sequence) -> int:

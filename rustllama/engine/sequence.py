@@ -52,13 +52,13 @@ class Sequence:
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
     drafter: Drafter | None = None  # where its state can be cut behind what did not come true
     prompt: Tokens = field(default_factory=lambda: as_tokens(()))
-    opening: bytes = b""  # the first tokens of the prompt: those with another have nothing to share
+    opening: bytes = b""  # owner and first tokens of the prompt: those with another have nothing to share
     tally: ModelTally = field(default_factory=ModelTally)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prompt = as_tokens(self.request.prompt)
-        self.opening = self.prompt[:WORTH_REUSING].tobytes()
+        self.opening = self.request.owner.encode() + b"\0" + self.prompt[:WORTH_REUSING].tobytes()
         self.detokenizer = Detokenizer(self.request.stop)
         self.shift = self.request.shift
 

@@ -5,10 +5,10 @@ being computed and is worth waiting for. Pure, in the hub.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from rustllama.engine.batch import Clear, Copy, Outcome, Restore
+from rustllama.engine.batch import Clear, Copy, Inherit, Outcome, Restore
 from rustllama.engine.prefix_store import Match
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.shelf import Shelf
@@ -48,6 +48,24 @@ class Sharing:
     followers: dict[Sequence, Wait | Fetch] = field(default_factory=dict)  # they wait, and for what
     _restored: list[Restore] = field(default_factory=list)  # in the current batch
 
+    def heir(self, ended: Sequence, waiting: Iterable[Sequence]) -> Sequence | None:
+        """Who of those goes on from where this one ended, and can take over no more from memory."""
+        if self.shelf is None or ended.dropped or ended.computed < WORTH_REUSING:
+            return None
+        held = ended.transcript[: ended.computed]
+        for sequence in waiting:
+            prompt = sequence.prompt[:-1]
+            goes_on = sequence.opening == ended.opening and common_prefix(prompt, held) == len(held)
+            if goes_on and not sequence.request.reproducible:
+                match = self.shelf.of(sequence.request.owner).find(prompt, exact=False)
+                return sequence if match is None or match.count <= len(held) else None
+        return None
+
+    def inherit(self, slot: int, ended: Sequence, heir: Sequence) -> Inherit:
+        heir.computed = heir.cached = ended.computed
+        heir.source = Source.RUNNING
+        return Inherit(slot, ended, heir)
+
     def clear(self, slot: int, sequence: Sequence) -> Clear:
         """What becomes of a slot whose sequence has ended."""
         keep = self.shelf is not None and not sequence.dropped and self.shelf.wants(sequence.computed)
@@ -63,7 +81,7 @@ class Sharing:
                 if not restore.sequence.cached:
                     self.shelf.refuse(restore.match.saved)
             for kept in outcome.kept:
-                self.shelf.put(kept.tokens, kept.held, kept.state, kept.exact)
+                self.shelf.of(kept.owner).put(kept.tokens, kept.held, kept.state, kept.exact)
 
     def border(self, leader: Sequence) -> int | None:
         """How far others wait for its prompt to be computed."""
@@ -83,7 +101,7 @@ class Sharing:
             if waited is not None and waited.goes_on:
                 self.followers[sequence] = waited
                 continue
-            found = self._find(self.shelf, sequence, leaders[sequence.opening])
+            found = self._find(self.shelf.of(sequence.request.owner), sequence, leaders[sequence.opening])
             if isinstance(found, Match):
                 source = Source.DISK if isinstance(waited, Fetch) else Source.MEMORY
                 yield self._restore(found, slot, sequence, source)

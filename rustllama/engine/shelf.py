@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rustllama.engine.prefix_store import Match, PrefixStore
@@ -38,6 +38,10 @@ class Shelf:
     cuts: Cuts
     token_bytes: int  # of a state, per token
     disk: Disk | None = None
+
+    def of(self, owner: str) -> Shelf:
+        """The part for the prompts of one owner."""
+        return self if owner == self.shape.owner else replace(self, shape=self.shape._replace(owner=owner))
 
     def find(self, prompt: Tokens, *, exact: bool) -> Match | None:
         return self.store.find(self.shape, self.cuts, prompt, exact=exact)

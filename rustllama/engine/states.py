@@ -33,13 +33,14 @@ def whole_chunks(tokens: int) -> int:
 
 
 class Shape(NamedTuple):
-    """What shapes a state besides its tokens: one is never read into a context of another shape."""
+    """What a state is besides its tokens: one is never read into a context of another shape, nor for another owner."""
 
     digest: str
     n_ctx: int
     n_slots: int
     flash_attention: str
     kv_cache_type: str
+    owner: str = ""  # whose prompts; others never get it
 
 
 @dataclass(frozen=True, slots=True)
