@@ -30,6 +30,10 @@ def test_rates_of_two_streams_that_overlap() -> None:
     assert found.all_tokens_per_s == pytest.approx(9 / 6)
 
 
+def test_time_without_a_request_is_not_busy() -> None:
+    assert figures([_trace(0, 1, 4), _trace(1, 2, 3), _trace(3, 5, 6), _trace(8, 9)]).busy_s == 7
+
+
 def test_streams_that_never_ran_together_have_no_rate_together() -> None:
     assert figures([_trace(0, 1, 2), _trace(2, 3, 4)]).together_tokens_per_s is None
 

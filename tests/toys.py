@@ -1,7 +1,7 @@
 """Writes random-weight GGUFs: small exact ones for tests of equality, big shaped ones for benchmarks.
 
 In a test:           write_toy(path)   write_toy(path, GEMMA3)   write_toy(path, LLAMA, seed=7, chat_template="...")
-For a benchmark:     python -m tests.toys 135M /where/135m.gguf
+For a benchmark:     python -m tests.toys 135M /where/135m.gguf [Q4_K_M | Q4_0 | quoting]
 
 The weights are scaled so that greedy text depends on the whole prompt, and the output head is the model's own (tied
 ones only echo the last token). Channel 0 of the residual stream is a constant that no block writes to; the head's rows
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gguf.quants import quant_shape_to_byte_shape, quantize
@@ -31,6 +32,8 @@ CHATML = (
 )
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2: beginning, turn, end of generation
 _CONSTANT = 4.0
+_NEXT_TO_NOTHING = 1e-6
+_EMBEDDING = 0  # its place in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class ToyShape:
     add_bos: bool = False
     chat_template: str | None = None
     control_logit: float = -30.0
+    period: int = 0  # of greedy text: each token is followed by the next of so many, and nothing else counts
     seed: int = 0
 
 
@@ -90,7 +94,7 @@ def write_toy(path: Path, shape: ToyShape = LLAMA, **changes: Any) -> Path:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for number, weight in enumerate(weights):
-        writer.write_tensor_data(_data(weight, kind, np.random.default_rng([shape.seed, number])))
+        writer.write_tensor_data(_data(weight, kind, _rng(shape, number)))
     writer.close()
     return path
 
@@ -177,7 +181,8 @@ def _weights(shape: ToyShape) -> Iterator[_Matrix]:
         return rows * np.float32(loudness)
 
     def head(rng: np.random.Generator) -> Array:
-        rows = rng.standard_normal(size, dtype=np.float32) * np.float32(2 / width**0.5)
+        rows = (_rng(shape, _EMBEDDING) if shape.period else rng).standard_normal(size, dtype=np.float32)
+        rows = (rows[_before(shape)] if shape.period else rows) * np.float32(2 / width**0.5)
         rows[:, 0] = 0
         rows[: len(CONTROL_TOKENS)] = 0
         rows[: len(CONTROL_TOKENS), 0] = shape.control_logit
@@ -186,9 +191,22 @@ def _weights(shape: ToyShape) -> Iterator[_Matrix]:
     yield _Matrix("token_embd.weight", size, make=embedding)
     for layer in range(shape.layers):
         for weight in _block(shape, layer):
-            yield replace(weight, name=f"blk.{layer}.{weight.name}")
+            std = _NEXT_TO_NOTHING if shape.period and weight.silent_row else weight.std
+            yield replace(weight, name=f"blk.{layer}.{weight.name}", std=std)
     yield _Matrix("output_norm.weight", (width,), make=_ones(width))
     yield _Matrix("output.weight", size, make=head)
+
+
+def _rng(shape: ToyShape, number: int) -> np.random.Generator:
+    """Of a weight by its place in the file."""
+    return np.random.default_rng([shape.seed, number])
+
+
+def _before(shape: ToyShape) -> Array:
+    """The token that each one follows."""
+    tokens = np.arange(shape.vocabulary)
+    place = (tokens - len(CONTROL_TOKENS)) % shape.period
+    return np.where(place, tokens - 1, np.minimum(tokens + shape.period, shape.vocabulary) - 1)
 
 
 def _attends(shape: ToyShape, layer: int) -> bool:
@@ -281,5 +299,17 @@ def _random_q8(weight: _Matrix, rng: np.random.Generator) -> Array:
     return blocks
 
 
+def _requantize(path: Path, kind: str) -> None:
+    """What Python cannot write, llama.cpp does (llama_model_quantize)."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    whole = path.rename(path.with_suffix(".whole"))
+    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), params) == 0
+    whole.unlink()
+
+
 if __name__ == "__main__":
-    write_toy(Path(sys.argv[2]), SHAPES[sys.argv[1]])
+    name, path, *kind = sys.argv[1:]
+    write_toy(Path(path), SHAPES[name], period=50 if kind == ["quoting"] else 0)
+    if kind in (["Q4_0"], ["Q4_K_M"]):
+        _requantize(Path(path), kind[0])

@@ -1,0 +1,84 @@
+"""The commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from tests.figures import crowds, shapes, turns
+
+_MODEL = click.argument("model", type=click.Path(exists=True, path_type=Path))
+_ROUNDS = click.option("--rounds", default=5, show_default=True)
+
+
+@click.group(help="Measure the rows of the README's tables that `rustllama bench` alone cannot.")
+def figures() -> None: ...
+
+
+@figures.command("turns", help=turns.__doc__)
+@_MODEL
+@_ROUNDS
+def _turns(model: Path, rounds: int) -> None:
+    turns.measure(model, rounds)
+
+
+@figures.command("shapes", help=shapes.__doc__)
+@_MODEL
+@_ROUNDS
+@click.option("--streams", default="1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16", show_default=True)
+def _shapes(model: Path, rounds: int, streams: str) -> None:
+    shapes.measure(model, [int(count) for count in streams.split(",")], rounds)
+
+
+@figures.command("curve", help="Milliseconds of bare decode calls by their rows, as JSON.")
+@_MODEL
+def _curve(model: Path) -> None:
+    click.echo(msgspec.json.encode(shapes.curve(model)))
+
+
+@figures.command("retained", help=crowds.retained.__doc__)
+@_MODEL
+@_ROUNDS
+def _retained(model: Path, rounds: int) -> None:
+    crowds.retained(model, rounds)
+
+
+@figures.command("adjacent", help=crowds.adjacent.__doc__)
+@_MODEL
+@_ROUNDS
+def _adjacent(model: Path, rounds: int) -> None:
+    crowds.adjacent(model, rounds)
+
+
+@figures.command("reproducible", help=crowds.reproducible.__doc__)
+@_MODEL
+@_ROUNDS
+def _reproducible(model: Path, rounds: int) -> None:
+    crowds.reproducible(model, rounds)
+
+
+@figures.command("shares", help=crowds.shares.__doc__)
+@click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+def _shares(models: tuple[Path, ...]) -> None:
+    crowds.shares(list(models))
+
+
+@figures.command("arrivals", help=crowds.arrivals.__doc__)
+@_MODEL
+@click.option("--rate", default=1.2, show_default=True)
+@click.option("--requests", default=60, show_default=True)
+def _arrivals(model: Path, rate: float, requests: int) -> None:
+    crowds.arrivals(model, rate, requests)
+
+
+@figures.command("drafting", help=crowds.drafting.__doc__)
+@_MODEL
+@_ROUNDS
+def _drafting(model: Path, rounds: int) -> None:
+    crowds.drafting(model, rounds)
+
+
+if __name__ == "__main__":
+    figures()

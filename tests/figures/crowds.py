@@ -1,0 +1,194 @@
+"""What others do to a stream: those who came before, those who run beside it, other models."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import llama_cpp
+
+from rustllama.engine.native import Context, Model
+from tests.conftest import Server
+from tests.figures.serving import ask, compute_s, load, median, serving, words
+
+CROWD = 8
+SLOTS = 16
+_DEPTH = 1_700  # tokens
+_N_CTX = 2_048
+
+
+def retained(path: Path, rounds: int, conversations: int = 64) -> None:
+    """One stream, beside so many conversations that are kept, against one on a server that keeps none."""
+    ratios = []
+    with serving(path, NUM_CTX=str(_N_CTX)) as full, serving(path, NUM_CTX=str(_N_CTX)) as empty:
+        lengths = {"prompt_tokens": 300, "answer_tokens": 40}
+        load(full, path, concurrency=SLOTS, requests=conversations, **lengths)
+        for number in range(rounds):
+            rates = [_rate(server, path, seed=number) for server in (full, empty)]
+            print(f"beside {conversations} conversations {rates[0]:.1f} tokens/s, alone {rates[1]:.1f}", flush=True)
+            ratios.append(rates[0] / rates[1])
+    print(f"beside {conversations} conversations: {median(ratios)} of the rate with none")
+
+
+def adjacent(path: Path, rounds: int, others: int = 100) -> None:
+    """Steps of 16 deep streams after many others came and went, against a bare unified cache."""
+    ratios = []
+    answer = 60
+    with (
+        closing(Model(str(path))) as model,
+        _unified(model) as unified,
+        serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(SLOTS), PROMPT_CACHE_MEMORY="0") as server,
+    ):
+        for _ in range(rounds):
+            _come_and_go(server, path, others)
+            deep = {"prompt_tokens": _DEPTH, "answer_tokens": answer}
+            found = load(server, path, concurrency=SLOTS, requests=SLOTS, warmup=0, **deep)
+            assert found.together_tokens_per_s is not None
+            step_ms, unified_ms = SLOTS / found.together_tokens_per_s * 1e3, _steps_ms(unified, answer)
+            print(f"a step of {SLOTS}: {step_ms:.1f} ms; in a unified cache {unified_ms:.1f} ms", flush=True)
+            ratios.append(step_ms / unified_ms)
+    print(f"a step of {SLOTS} streams at depth {_DEPTH}: {median(ratios)} of a unified cache's")
+
+
+def _come_and_go(server: Server, path: Path, count: int) -> None:
+    rng = random.Random(count)
+
+    def one(number: int) -> None:
+        said = words(rng, rng.randint(10, 100))
+        ask(server, path, said, num_predict=rng.randint(1, 60), seed=number)
+
+    with ThreadPoolExecutor(SLOTS + CROWD) as clients:
+        list(clients.map(one, range(count)))
+
+
+@contextmanager
+def _unified(model: Model) -> Iterator[Context]:
+    """llama.cpp with one KV cache for all: a bare context whose slots hold deep prompts."""
+    make = llama_cpp.llama_init_from_model
+
+    def unified(model: object, params: llama_cpp.llama_context_params) -> object:
+        params.kv_unified = True
+        return make(model, params)
+
+    llama_cpp.llama_init_from_model = unified
+    try:
+        context = Context(model, n_ctx=_N_CTX, n_slots=SLOTS, n_batch=512, n_threads=2)
+    finally:
+        llama_cpp.llama_init_from_model = make
+    with closing(context):
+        for slot in range(SLOTS):
+            for start in range(0, _DEPTH, 512):
+                size = min(512, _DEPTH - start)
+                context.decode(range(100, 100 + size), range(start, start + size), [slot] * size, False)
+        yield context
+
+
+def _steps_ms(context: Context, count: int) -> float:
+    """Median of so many steps, which are taken back."""
+    times = []
+    for position in range(_DEPTH, _DEPTH + count):
+        started_s = time.perf_counter()
+        context.decode([7] * SLOTS, [position] * SLOTS, range(SLOTS), True)
+        times.append((time.perf_counter() - started_s) * 1e3)
+    for slot in range(SLOTS):
+        context.cut(slot, _DEPTH)
+    return statistics.median(times)
+
+
+def reproducible(path: Path, rounds: int, requests: int = 100) -> None:
+    """Reproducible answers one at a time among others, against those given alone; and what it costs the others."""
+    rng = random.Random(1)
+    options = {"reproducible": True, "temperature": 1.0, "num_predict": 40}
+    prompts = [words(rng, 60) for _ in range(10)]
+    with serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(SLOTS)) as server:
+        alone = [ask(server, path, prompt, **options).text for prompt in prompts]
+        equal, ratios = 0, []
+        for _ in range(rounds):
+            undisturbed = _crowd_rate(server, path, lambda: time.sleep(15))
+            texts: list[str] = []
+            share = prompts * (requests // len(prompts) // rounds)
+
+            def disturb(share: list[str] = share, texts: list[str] = texts) -> None:
+                texts.extend(ask(server, path, prompt, **options).text for prompt in share)
+
+            disturbed = _crowd_rate(server, path, disturb)
+            equal += sum(text == alone[number % len(prompts)] for number, text in enumerate(texts))
+            ratios.append(disturbed / undisturbed)
+            print(f"{equal} equal; the others {disturbed:.1f} tokens/s, without it {undisturbed:.1f}", flush=True)
+    print(f"{equal} of {len(share) * rounds} equal; the others at {median(ratios)} of their rate")
+
+
+def _crowd_rate(server: Server, path: Path, meanwhile: Callable[[], None]) -> float:
+    """Tokens a second of the crowd, all answers that ended while something else went on."""
+    over, counts = threading.Event(), list[int]()
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        while not over.is_set():
+            answer = ask(server, path, words(rng, rng.randint(20, 60)), num_predict=rng.randint(20, 80))
+            counts.append(answer.end["eval_count"])
+
+    started_s = time.perf_counter()
+    with ThreadPoolExecutor(CROWD) as clients:
+        for seed in range(CROWD):
+            clients.submit(client, seed)
+        meanwhile()
+        over.set()
+    return sum(counts) / (time.perf_counter() - started_s)
+
+
+def shares(paths: list[Path], seconds: float = 20) -> None:
+    """What each of several models that are busy at once gets of the time in llama.cpp."""
+    over = threading.Event()
+
+    def client(path: Path) -> None:
+        rng = random.Random(path.stem)
+        while not over.is_set():
+            ask(server, path, words(rng, 50), num_predict=60)
+
+    with serving(*paths, NUM_CTX="512") as server, ThreadPoolExecutor(CROWD) as clients:
+        for path in paths * (CROWD // len(paths)):
+            clients.submit(client, path)
+        time.sleep(2)
+        before = [compute_s(server, path) for path in paths]
+        time.sleep(seconds)
+        spent = [compute_s(server, path) - start for path, start in zip(paths, before, strict=True)]
+        over.set()
+    for path, used in zip(paths, spent, strict=True):
+        print(f"{path.stem}: {used:.1f} s, a share of {used / sum(spent):.2f}")
+
+
+def arrivals(path: Path, rate: float, requests: int) -> None:
+    """Prompts of 100 tokens that arrive by chance, streams of 100: tokens/s of the bare calls, and gaps."""
+    with serving(path, NUM_CTX="1024", SLOTS=str(SLOTS)) as server:
+        load(server, path, concurrency=SLOTS, requests=SLOTS * 2, prompt_tokens=100, answer_tokens=100)
+        before = compute_s(server, path)
+        found = load(server, path, rate=rate, requests=requests, prompt_tokens=100, answer_tokens=100, warmup=0)
+        calls_s = compute_s(server, path) - before
+    assert found.gap_ms is not None
+    print(f"gap p99 {found.gap_ms.p99:.0f} ms, longest {found.gap_ms.longest:.0f} ms")
+    print(f"{found.busy_s:.1f} s with requests, {calls_s:.1f} s of them in llama.cpp: {calls_s / found.busy_s:.3f}")
+
+
+def drafting(path: Path, rounds: int) -> None:
+    """Answers with prompt lookup against answers without: greedy ones of this model, and random ones."""
+    ratios: dict[str, list[float]] = {"greedy": [], "random": []}
+    with serving(path, NUM_CTX=str(_N_CTX)) as on, serving(path, NUM_CTX=str(_N_CTX), SPECULATION="0") as off:
+        for number in range(rounds):
+            for name, temperature in (("greedy", 0.0), ("random", 2.0)):
+                rates = [_rate(server, path, seed=number, temperature=temperature) for server in (on, off)]
+                print(f"{name}: {rates[0]:.1f} tokens/s, without drafts {rates[1]:.1f}", flush=True)
+                ratios[name].append(rates[0] / rates[1])
+    for name, found in ratios.items():
+        print(f"{name} answers: {median(found)} times the rate without drafts")
+
+
+def _rate(server: Server, path: Path, seed: int, temperature: float = 1.0) -> float:
+    said = words(random.Random(seed), 100)
+    return ask(server, path, said, num_predict=300, temperature=temperature, seed=seed).tokens_per_s

@@ -1,0 +1,97 @@
+"""Servers to measure, and what one answer of theirs took."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import requests
+
+from rustllama.bench.compare import let_measure
+from rustllama.bench.load import LoadRun, Plan
+from rustllama.bench.report import Figures
+from tests.conftest import Server, start_server
+from tests.scrape import Scrape
+
+WORDS = "abcdefghijkl"  # one token each in the toys
+_PATIENCE_S = 600
+
+
+@contextmanager
+def serving(*models: Path, home: Path | None = None, **settings: str) -> Iterator[Server]:
+    """A server that has these models, named as their files, and has measured their decode calls."""
+    environ = {"RUSTLLAMA_KEEP_ALIVE": "-1", **{f"RUSTLLAMA_{name}": value for name, value in settings.items()}}
+    with tempfile.TemporaryDirectory() as folder:
+        server = start_server(home or Path(folder), environ=environ)
+        try:
+            for model in models:
+                body = {"name": model.stem, "modelpath": str(model.absolute())}
+                requests.post(f"{server.url}/api/create", json=body, timeout=_PATIENCE_S)
+                let_measure(server.url, model.stem)
+            yield server
+        finally:
+            server.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    first_s: float  # from the request to the first text, loading not counted
+    text: str
+    end: Mapping[str, Any]  # the last line
+
+    @property
+    def new_tokens(self) -> int:
+        """Of the prompt, those that were computed."""
+        return int(self.end["prompt_eval_count"] - self.end["prompt_eval_cached_count"])
+
+    @property
+    def tokens_per_s(self) -> float:
+        return float((self.end["eval_count"] - 1) / self.end["eval_duration"] * 1e9)
+
+
+def ask(server: Server, model: Path, said: str | list[dict[str, str]], **options: object) -> Answer:
+    """A streamed chat: one message, or all of a conversation."""
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    body = {"model": model.stem, "messages": messages, "stream": True, "options": options}
+    started_s, first_s, text = time.perf_counter(), 0.0, ""
+    with requests.post(f"{server.url}/api/chat", json=body, stream=True, timeout=_PATIENCE_S) as reply:
+        for line in reply.iter_lines():
+            said_now = msgspec.json.decode(line)
+            text += said_now["message"]["content"]
+            first_s = first_s or (time.perf_counter() - started_s if text else 0.0)
+    return Answer(first_s - said_now["load_duration"] / 1e9, text, said_now)
+
+
+def load(server: Server, model: Path, **plan: Any) -> Figures:
+    """A run of `rustllama bench` with that plan."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    found, _ = LoadRun(Plan(url=server.url, seed=seed, model=model.stem, **plan)).measure()
+    assert not found.errors, found.errors
+    return found
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choices(WORDS, k=count))
+
+
+def scrape(server: Server) -> Scrape:
+    return Scrape(requests.get(f"{server.url}/metrics", timeout=_PATIENCE_S).text)
+
+
+def compute_s(server: Server, model: Path) -> float:
+    """What this model has spent in llama.cpp's calls."""
+    return scrape(server).value("rustllama_compute_seconds_total", model=model.stem)
+
+
+def median(values: Iterable[float]) -> str:
+    """With the range it comes from."""
+    ordered = sorted(values)
+    return f"{statistics.median(ordered):.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f}, {len(ordered)} runs)"

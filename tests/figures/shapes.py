@@ -1,0 +1,82 @@
+"""So many streams through a server, against one plain batch of them, and against the cheapest split or padding that
+the bare curve of the same round allows.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from rustllama.engine.native import Context, Model
+from tests.figures.serving import load, median, scrape, serving
+
+SLOTS = 16
+PROMPT, ANSWER = 40, 48  # tokens
+_TRIES = 5
+_PER_CURVE = 4  # runs: the machine's own speed drifts
+
+Curve = Mapping[int, float]
+"""Milliseconds of a decode call, by its rows."""
+
+
+def measure(path: Path, streams: list[int], rounds: int) -> None:
+    curve: Curve = {}
+    plain: dict[int, list[float]] = {count: [] for count in streams}
+    best: dict[int, list[float]] = {count: [] for count in streams}
+    with serving(path, NUM_CTX="512", SLOTS=str(SLOTS)) as server:
+        for _ in range(rounds):
+            for turn, count in enumerate(random.sample(streams, len(streams))):
+                curve = bare_curve(path) if turn % _PER_CURVE == 0 else curve
+                lengths = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER}
+                found = load(server, path, concurrency=count, requests=count, warmup=0, **lengths)
+                assert found.together_tokens_per_s is not None
+                plain[count].append(found.together_tokens_per_s * curve[count] / count / 1e3)
+                best[count].append(found.together_tokens_per_s * cheapest(curve, count) / count / 1e3)
+        calls = scrape(server).named("rustllama_decode_call_seconds")
+        print("the server's curve, ms:", {call.labels["rows"]: round(call.value * 1e3, 1) for call in calls})
+    for count in streams:
+        print(f"{count} streams: {median(plain[count])} of one plain batch, {median(best[count])} of the cheapest way")
+
+
+def bare_curve(path: Path) -> Curve:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "tests.figures", "curve", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return msgspec.json.decode(done.stdout, type=dict[int, float])
+
+
+def curve(path: Path) -> dict[int, float]:
+    """Medians of a few tries in random order, on sequences that hold a prompt."""
+    took: dict[int, list[float]] = {}
+    with closing(Model(str(path))) as model, closing(_context(model)) as context:
+        for slot in range(SLOTS):
+            context.decode(range(100, 100 + PROMPT), range(PROMPT), [slot] * PROMPT, [i == 0 for i in range(PROMPT)])
+        for _ in range(_TRIES):
+            for rows in random.sample(range(1, SLOTS + 1), SLOTS):
+                started_s = time.perf_counter()
+                context.decode([7] * rows, [PROMPT] * rows, range(rows), True)
+                took.setdefault(rows, []).append((time.perf_counter() - started_s) * 1e3)
+                for slot in range(rows):
+                    context.cut(slot, PROMPT)
+    return {rows: statistics.median(times) for rows, times in sorted(took.items())}
+
+
+def _context(model: Model) -> Context:
+    return Context(model, n_ctx=512, n_slots=SLOTS, n_batch=512, n_threads=2)
+
+
+def cheapest(curve: Curve, count: int) -> float:
+    """Milliseconds of the cheapest calls that advance so many sequences: any split, and any padding of the last."""
+    best = [0.0]
+    for total in range(1, count + 1):
+        best.append(min(best[total - last] + curve[last] for last in range(1, total + 1)))
+    pads = [best[count - last] + curve[last + pad] for last in range(1, count + 1) for pad in range(SLOTS - count + 1)]
+    return min(pads)
