@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket
 import _thread
 import os
+import select
 import socket
 import sys
 from collections import deque
@@ -214,26 +215,40 @@ def watch_client(environ: Mapping[str, Any]) -> Iterator[None]:
 
 
 class _Watch:
-    """Waits for the socket to become readable: the end of the stream, or a request sent ahead (left alone)."""
+    """Waits for the socket to become readable. That is its end, or what may come before: a request sent ahead, or TLS's
+    goodbye, which is left alone. Then the end is looked for again and again.
+    """
 
     def __init__(self, client: socket.socket, reader: Any) -> None:
         self._client = client
         self._reader = reader
-        self._watcher = gevent.get_hub().loop.io(client.fileno(), 1)
+        loop = gevent.get_hub().loop
+        self._watcher = loop.io(client.fileno(), 1)
+        self._again = loop.timer(SAMPLE_S, SAMPLE_S)
         self._watcher.start(self._readable)
 
     def _readable(self) -> None:
         self._watcher.stop()
+        self._again.start(self._look)
+        self._look()
+
+    def _look(self) -> None:
         if _hung_up(self._client.fileno()):
+            self._again.stop()
             self._reader.kill(Cancelled(), block=False)
 
     def close(self) -> None:
-        self._watcher.stop()
-        self._watcher.close()
+        for watcher in (self._watcher, self._again):
+            watcher.stop()
+            watcher.close()
 
 
 def _hung_up(fd: int) -> bool:
-    """Peeks below gevent's and TLS's wrappers."""
+    """Peeks below gevent's and TLS's wrappers. What was sent before the end hides it from recv, but not from poll."""
+    ends = select.poll()
+    ends.register(fd, getattr(select, "POLLRDHUP", 0))  # where there is none, an end behind data is not seen
+    if ends.poll(0):
+        return True
     raw = _socket.socket(fileno=fd)
     try:
         return raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""

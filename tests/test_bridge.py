@@ -131,6 +131,25 @@ def test_shielded_work_outlives_its_caller() -> None:
     assert done == [True]
 
 
+@pytest.mark.parametrize("pause_s", [0, 0.02])
+def test_a_client_that_says_goodbye_before_it_hangs_up_is_gone_too(pause_s: float) -> None:
+    """As TLS does: what it sent hides the end from who only looks for that."""
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        with bridge.watch_client({"gunicorn.socket": ours}):
+            gevent.sleep(60)
+
+    request = gevent.spawn(serve)
+    gevent.sleep(0)
+    theirs.sendall(b"goodbye")
+    gevent.sleep(pause_s)
+    theirs.close()
+    with pytest.raises(Cancelled):
+        request.get()
+    ours.close()
+
+
 @pytest.mark.parametrize(("sent", "gone"), [(b"", True), (b"GET / HTTP/1.1", False)])
 def test_a_client_that_hangs_up_interrupts_its_request_and_one_that_sends_ahead_does_not(
     sent: bytes, gone: bool
