@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -12,8 +12,18 @@ import msgspec
 import requests
 import urllib3
 
-from rustllama.errors import RustllamaError, ServerUnreachable, SettingError
-from rustllama.settings import DEFAULT_PORT, parse_address
+from rustllama.errors import (
+    Forbidden,
+    RustllamaError,
+    ServerUnreachable,
+    SettingError,
+    TooManyRequests,
+    Unauthorized,
+)
+from rustllama.settings import DEFAULT_PORT, is_loopback, parse_address
+
+API_KEY = "RUSTLLAMA_API_KEY"
+CA = "RUSTLLAMA_CA"
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0  # of answers that need no model; the others may take as long as they like
@@ -21,6 +31,8 @@ READ_TIMEOUT_S = 60.0  # of answers that need no model; the others may take as l
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 _NO_LISTENER = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
+
+_KEY_REFUSED = (Unauthorized, Forbidden, TooManyRequests)
 
 T = TypeVar("T")
 
@@ -128,29 +140,37 @@ def base_url(address: str) -> str:
     return f"{scheme if separator else 'http'}://{shown}:{port or DEFAULT_PORT}{prefix}"
 
 
-def is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
-
-
 class Client:
     """Requests to the server at `address`, any form of RUSTLLAMA_HOST; empty is the default address.
 
-    Every method raises ServerUnreachable where nothing listens, else RustllamaError with the server's own sentence.
+    `ca` is the path of PEM certificates that are trusted in the place of the usual ones. Every method raises
+    ServerUnreachable where nothing listens, else RustllamaError with the server's own sentence.
     """
 
-    def __init__(self, address: str = "") -> None:
+    def __init__(self, address: str = "", *, api_key: str = "", ca: str = "") -> None:
+        """Raises SettingError."""
         self.url = base_url(address or "localhost")
         self.is_local = is_loopback(urlsplit(self.url).hostname or "")
+        self.api_key = api_key
+        self._ca = ca
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise SettingError(
+                f"{API_KEY} has characters that no API key has: set it to what `rustllama key add` said."
+            )
+        if ca and not os.path.isfile(ca):
+            raise SettingError(f"{CA}={ca!r} is no file: name one with the certificates to trust, in PEM.")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Client:
+        """As the user's variables say. Raises SettingError."""
+        api_key, ca = environ.get(API_KEY, "").strip(), environ.get(CA, "").strip()
+        return cls(environ.get("RUSTLLAMA_HOST", ""), api_key=api_key, ca=os.path.expanduser(ca))
 
     def version(self) -> Version:
         """Also tells whether it is a rustllama server that answers: RustllamaError if not."""
         try:
             return self._call("GET", "/api/version", as_type=Version)
-        except ServerUnreachable:
+        except (ServerUnreachable, *_KEY_REFUSED):
             raise
         except RustllamaError:
             raise RustllamaError(
@@ -227,6 +247,8 @@ class Client:
                 self.url + path,
                 data=None if body is None else _encoded(body),
                 headers={"Content-Type": "application/json"},
+                auth=self._sign if self.api_key else None,
+                verify=self._ca or True,
                 timeout=(CONNECT_TIMEOUT_S, read_timeout_s),
                 stream=True,
                 allow_redirects=False,
@@ -237,8 +259,20 @@ class Client:
 
     def _refusal(self, response: requests.Response) -> RustllamaError:
         with response, contextlib.suppress(msgspec.MsgspecError):
-            return RustllamaError(msgspec.json.decode(response.content, type=_Failure).error)
+            text = msgspec.json.decode(response.content, type=_Failure).error
+            if response.status_code == Unauthorized.status:
+                text = self._locked_out()
+            kinds = {kind.status: kind for kind in _KEY_REFUSED}
+            return kinds.get(response.status_code, RustllamaError)(text)
         return self._stranger(f"status {response.status_code}")
+
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.api_key}"
+        return request
+
+    def _locked_out(self) -> str:
+        wants = "does not take the API key in" if self.api_key else "wants an API key: set"
+        return f"{self.url} {wants} {API_KEY}; `rustllama key add NAME` there makes one."
 
     def _decoded(self, content: bytes, as_type: type[T]) -> T:
         try:
@@ -257,7 +291,11 @@ class Client:
         """Whatever requests raises, as one sentence."""
         try:
             yield
-        except (requests.exceptions.SSLError, requests.exceptions.ProxyError) as error:
+        except requests.exceptions.SSLError as error:
+            raise RustllamaError(
+                f"No connection to {self.url}: {_reason(error)}; {CA} names a file of certificates to trust."
+            ) from None
+        except requests.exceptions.ProxyError as error:
             raise RustllamaError(f"No connection to {self.url}: {_reason(error)}.") from None
         except requests.exceptions.ReadTimeout:
             raise RustllamaError(f"{self.url} did not answer within {READ_TIMEOUT_S:.0f} seconds: try again.") from None

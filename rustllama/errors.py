@@ -6,10 +6,13 @@ RustllamaError
 │   ├── ContextExceeded      400  context_length_exceeded
 │   ├── TemplateRefused      400  template_error
 │   └── BadModelFile         400  bad_model_file           the file named by a create or a record cannot be served
+├── Unauthorized             401  unauthorized             no API key, or none that is known
+├── Forbidden                403  forbidden
 ├── NotFound                 404  not_found
 │   └── ModelNotFound        404  model_not_found
 ├── MethodNotAllowed         405  method_not_allowed
 ├── TooLarge                 413  too_large
+├── TooManyRequests          429  rate_limited             more than an API key's limits allow
 ├── Cancelled                499  cancelled                never sent, only logged
 ├── InternalError            500  internal_error
 ├── Unavailable              503  unavailable              worth another try
@@ -57,6 +60,16 @@ class BadModelFile(BadRequest):
     code = "bad_model_file"
 
 
+class Unauthorized(RustllamaError):
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(RustllamaError):
+    status = 403
+    code = "forbidden"
+
+
 class NotFound(RustllamaError):
     status = 404
     code = "not_found"
@@ -74,6 +87,15 @@ class MethodNotAllowed(RustllamaError):
 class TooLarge(RustllamaError):
     status = 413
     code = "too_large"
+
+
+class TooManyRequests(RustllamaError):
+    status = 429
+    code = "rate_limited"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Cancelled(RustllamaError, BrokenPipeError):

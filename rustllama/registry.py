@@ -1,4 +1,4 @@
-"""The names of models, in SQLite: what each stands for, and since when; and facts that were learned of their files.
+"""What outlives the server, in SQLite: the names of models, facts that were learned of their files, API keys.
 
 Every function blocks on a disk: call it in a worker thread. Several threads and processes may share a database; what
 `put` or `delete` acknowledged survives the death of the process and of the machine. The model that the package carries
@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from rustllama.errors import (
     DiskFull,
     InternalError,
     ModelNotFound,
+    NotFound,
     RustllamaError,
     SettingError,
     Unavailable,
 )
+from rustllama.keys import ApiKey
 
 DEMO = "demo"
 BUNDLED_MODEL = Path(__file__).parent / "demo" / "demo.gguf"
@@ -42,10 +45,13 @@ _MIGRATIONS = (  # the database's user_version is the number of those that ran
     "CREATE TABLE model (canonical TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, modified_at TEXT NOT NULL,"
     " modified_ns INTEGER NOT NULL, digest TEXT NOT NULL, identity TEXT NOT NULL, info TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE fact (digest TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (digest, name)) WITHOUT ROWID",
+    "CREATE TABLE api_key (name TEXT PRIMARY KEY, digest TEXT NOT NULL, created_at TEXT NOT NULL, models TEXT NOT NULL,"
+    " rate_per_min INTEGER, concurrency INTEGER, may_manage INTEGER NOT NULL) WITHOUT ROWID",
 )
 
 
 _Records = list[ModelRecord]
+_ApiKeys = list[ApiKey]
 
 
 class _Row(peewee.Model):
@@ -67,6 +73,18 @@ class _Fact(peewee.Model):
     digest = peewee.TextField()
     name = peewee.TextField()
     value = peewee.TextField()
+
+
+class _KeyRow(peewee.Model):
+    """An API key; `models` is JSON."""
+
+    name = peewee.TextField(primary_key=True)
+    digest = peewee.TextField()
+    created_at = peewee.TextField()
+    models = peewee.TextField()
+    rate_per_min = peewee.IntegerField(null=True)
+    concurrency = peewee.IntegerField(null=True)
+    may_manage = peewee.BooleanField()
 
 
 def check_name(name: str) -> str:
@@ -113,6 +131,8 @@ class Registry:
         self._rows: type[_Row] = type("Row", (_Row,), {"Meta": type("Meta", (), meta)})
         meta = {"database": self._database, "table_name": "fact", "primary_key": peewee.CompositeKey("digest", "name")}
         self._facts: type[_Fact] = type("Fact", (_Fact,), {"Meta": type("Meta", (), meta)})
+        meta = {"database": self._database, "table_name": "api_key"}
+        self._keys: type[_KeyRow] = type("Key", (_KeyRow,), {"Meta": type("Meta", (), meta)})
         try:
             with self._door():
                 self._migrate()
@@ -158,6 +178,29 @@ class Registry:
         """Of the file, whatever its names are; it stays when they are deleted."""
         with self._door():
             self._facts.insert(digest=digest, name=name, value=value).on_conflict_replace().execute()
+
+    def api_keys(self) -> _ApiKeys:
+        """All API keys, by name."""
+        with self._door():
+            return [self._key(row) for row in self._keys.select().order_by(self._keys.name)]
+
+    def add_api_key(self, key: ApiKey) -> None:
+        """Raises BadRequest where the name is taken."""
+        values = {**asdict(key), "models": msgspec.json.encode(key.models).decode()}
+        with self._door():
+            try:
+                self._keys.insert(**values).execute()
+            except peewee.IntegrityError:
+                raise BadRequest(
+                    f"There is a key '{key.name}': take another name, or first `rustllama key rm {key.name}`.", "name"
+                ) from None
+
+    def delete_api_key(self, name: str) -> None:
+        """Raises NotFound."""
+        with self._door():
+            deleted = self._keys.delete().where(self._keys.name == name).execute()
+        if not deleted:
+            raise NotFound(f"There is no key '{name}': `rustllama key list` shows them.")
 
     def close(self) -> None:
         """Closes this thread's connection; it opens again when it is needed."""
@@ -217,6 +260,15 @@ class Registry:
         except msgspec.DecodeError:
             raise InternalError(f"what {self._path} says of '{row.name}' cannot be read; create it again.") from None
         return ModelRecord(row.name, row.path, row.modified_at, row.digest, identity, info)
+
+    def _key(self, row: _KeyRow) -> ApiKey:
+        try:
+            models = msgspec.json.decode(row.models, type=tuple[str, ...])
+        except msgspec.DecodeError:
+            raise InternalError(f"what {self._path} says of the key '{row.name}' cannot be read; remove it.") from None
+        return ApiKey(
+            row.name, row.digest, row.created_at, models, row.rate_per_min, row.concurrency, bool(row.may_manage)
+        )
 
     def _known(self) -> str:
         query = self._rows.select(self._rows.name).order_by(self._rows.canonical)

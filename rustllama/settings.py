@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,6 +57,15 @@ def parse_address(text: str) -> tuple[str, int]:
     return url.hostname or "localhost", default if url.port is None else url.port
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine, without asking anybody."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return False
+
+
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d{1,18}", text.strip()) or not low <= int(text) <= high:
@@ -93,7 +104,7 @@ def _setting(parse: Callable[[str], object], default: object, help: str) -> Any:
     return field(default=default, metadata={"parse": parse, "help": help})
 
 
-def _home(text: str) -> Path:
+def _path(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
@@ -101,7 +112,7 @@ def _home(text: str) -> Path:
 class Settings:
     """Read with `Settings.from_env(os.environ)`; a bad value raises SettingError naming variable and value."""
 
-    home: Path | None = _setting(_home, None, "state folder; default: the platform's own")
+    home: Path | None = _setting(_path, None, "state folder; default: the platform's own")
     host: tuple[str, int] = _setting(
         parse_address, ("localhost", DEFAULT_PORT), "address to listen at, or for the console to talk to"
     )
@@ -144,6 +155,13 @@ class Settings:
     drain_timeout: float = _setting(parse_duration_s, 30.0, "time that running answers get when the server stops")
     max_body: int = _setting(parse_size_bytes, 20 * 1024**2, "size of the largest request body")
     probe_timeout: float = _setting(parse_duration_s, 120.0, "time that proving a new model file may take")
+    require_key: bool = _setting(_yes, False, "do not start, nor serve anybody, without an API key")
+    insecure_no_auth: bool = _setting(_yes, False, "listen beyond loopback though there is no API key")
+    console_key: str = _setting(
+        str.strip, "", "an API key that is in no database; the console's private server uses it"
+    )
+    tls_cert: Path | None = _setting(_path, None, "PEM file of a certificate and its chain: the server speaks https")
+    tls_key: Path | None = _setting(_path, None, "PEM file of its key; default: in that of the certificate")
     stop_on_eof: bool = _setting(_yes, False, "stop when standard input closes; the console's private server uses it")
 
     @classmethod
@@ -172,6 +190,11 @@ class Settings:
         return ("127.0.0.1", "::1") if host == "localhost" else (host,)
 
     @property
+    def beyond_loopback(self) -> bool:
+        """Whether other machines may reach the server."""
+        return not all(map(is_loopback, self.listen_hosts))
+
+    @property
     def database_path(self) -> Path:
         return self.home_path / "rustllama.db"
 
@@ -189,6 +212,11 @@ def variable_of(name: str) -> str:
 def table() -> list[tuple[str, str, str]]:
     """Rows of variable, default and meaning, for `serve --help` and the README."""
     return [(variable_of(spec.name), _shown(spec.default), spec.metadata["help"]) for spec in fields(Settings)]
+
+
+def switches() -> set[str]:
+    """The variables that say yes or no."""
+    return {variable_of(spec.name) for spec in fields(Settings) if isinstance(spec.default, bool)}
 
 
 def _shown(value: object) -> str:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 
 # A module belongs to the layer of its longest prefix here.
 LAYERS = {
-    **dict.fromkeys(("__init__", "errors", "settings", "core"), "words"),
+    **dict.fromkeys(("__init__", "errors", "settings", "core", "keys"), "words"),
     **dict.fromkeys(("gguf", "templates", "registry", "probe"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
@@ -23,7 +23,7 @@ LAYERS = {
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),
-    **dict.fromkeys(("bench", "demo", "probe_child", "serve", "worker", "gunicorn_conf"), "tools"),
+    **dict.fromkeys(("bench", "demo", "probe_child", "serve", "worker", "tls", "gunicorn_conf"), "tools"),
 }
 MAY_IMPORT = {
     "words": {"words"},
@@ -35,10 +35,13 @@ MAY_IMPORT = {
     "console": {"words", "console"},
     "tools": set(LAYERS.values()),
 }
-ALSO = {("registry", "gguf")}  # a record is made of what the header says
+ALSO = {
+    ("registry", "gguf"),  # a record is made of what the header says
+    ("cli.key", "registry"),  # keys are made on the database itself
+}
 DOORS = {
     "llama_cpp": {"engine.native"},
-    "gevent": {"bridge", "serve", "worker", "gunicorn_conf"},
+    "gevent": {"bridge", "serve", "worker", "tls", "gunicorn_conf"},
     "peewee": {"registry"},
     "prometheus_client": {"api.metrics"},
 }
@@ -113,7 +116,7 @@ def test_imports_go_down_only() -> None:
 
 
 def test_the_words_import_only_those_before_them() -> None:
-    order = ["__init__", "errors", "settings", "core"]
+    order = ["__init__", "errors", "settings", "core", "keys"]
     ours = [(found.inside, found.source) for found in IMPORTS if found.inside and found.source in order]
     assert ours
     assert all(order.index(target) < order.index(source) for target, source in ours)
@@ -134,7 +137,7 @@ def test_the_law_catches_a_breach() -> None:
     assert Import("cli.run", "rustllama.bench.bench", True).allowed
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--help"], ["key", "--help"]])
 def test_the_console_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys, rustllama.cli\n"
