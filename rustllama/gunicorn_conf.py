@@ -10,6 +10,7 @@ _settings = Settings.from_env(os.environ)
 _GRACE_S = 5  # between the end of the drain, which ends every answer, and Gunicorn's kill
 
 bind = [f"[{host}]:{_settings.host[1]}" for host in _settings.listen_hosts]  # the brackets are for IPv6
+certfile, keyfile = (str(path) if path else None for path in (_settings.tls_cert, _settings.tls_key))
 workers = _settings.workers
 worker_class = "rustllama.worker.Worker"
 worker_connections = 4096

@@ -11,10 +11,12 @@ import socket
 import sys
 
 import flask
+from gevent.ssl import SSLContext
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.sock import TCP6Socket, TCPSocket
 
+from rustllama import tls
 from rustllama.api import create_app
 from rustllama.errors import RustllamaError, SettingError
 from rustllama.registry import Registry
@@ -31,21 +33,26 @@ def main(settings: Settings) -> None:
             registry.get(name)
         except RustllamaError as error:
             raise SettingError(f"RUSTLLAMA_LOAD: {error}") from None
+    _check_keys(settings, registry)
     registry.close()  # a connection must not cross the fork of a worker
+    context = tls.server_context(settings)
     listeners = _bind(settings)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
-    application = _Application(settings, registry, listeners)
+    application = _Application(settings, registry, listeners, context)
     _Master(application).run()
 
 
 class _Application(BaseApplication):  # type: ignore[misc]
-    """Hands settings and sockets to Gunicorn."""
+    """Hands settings and sockets to Gunicorn, and the certificate as it was at the start."""
 
-    def __init__(self, settings: Settings, registry: Registry, listeners: list[socket.socket]) -> None:
+    def __init__(
+        self, settings: Settings, registry: Registry, listeners: list[socket.socket], context: SSLContext | None
+    ) -> None:
         self.settings = settings
         self.registry = registry
         self.listeners = listeners
-        self.url = _url(settings.host[0], listeners[0].getsockname()[1])
+        self.tls = context
+        self.url = _url(settings, listeners[0].getsockname()[1])
         super().__init__()
 
     def load_config(self) -> None:
@@ -81,8 +88,24 @@ def _adopt(listener: socket.socket, master: Arbiter) -> TCPSocket:
     return kind(address, master.cfg, master.log, fd=listener.detach())
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(settings: Settings, port: int) -> str:
+    scheme, host = "https" if settings.tls_cert else "http", settings.host[0]
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _check_keys(settings: Settings, registry: Registry) -> None:
+    """Raises SettingError where other machines would get in without an API key, or nobody could get in."""
+    if settings.console_key or registry.api_keys():
+        return
+    if settings.require_key:
+        raise SettingError(
+            "RUSTLLAMA_REQUIRE_KEY is set and there is no API key: make one with `rustllama key add NAME`."
+        )
+    if settings.beyond_loopback and not settings.insecure_no_auth:
+        raise SettingError(
+            f"RUSTLLAMA_HOST={settings.host[0]} is open to other machines and there is no API key: make one with "
+            "`rustllama key add NAME`, or let everybody in with --insecure-no-auth (RUSTLLAMA_INSECURE_NO_AUTH=1)."
+        )
 
 
 def _at_eof(fd: int) -> bool:

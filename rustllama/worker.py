@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from http import HTTPStatus
@@ -19,7 +20,7 @@ from gevent.server import StreamServer
 from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
-from rustllama import __version__, bridge
+from rustllama import __version__, bridge, tls
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import RustllamaError
 
@@ -79,6 +80,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
         while self._requests and time.monotonic() < deadline_s:
             gevent.sleep(_POLL_S)
 
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        context = self.app.tls
+        secured = client if context is None else tls.shake_hands(client, context)
+        if secured is not None:
+            super().handle(listener, secured, addr)
+
     def handle_request(self, *args: Any) -> None:
         self._requests += 1
         try:
@@ -88,6 +95,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """What Gunicorn could not read as HTTP gets JSON too; what the application let through is logged."""
+        if isinstance(exc, ssl.SSLError):
+            _log.info("a connection broke: %s", exc.reason)
+            return
         status = next((code for kind, code in _REFUSALS if isinstance(exc, kind)), 500)
         if status == 500:
             _log.error("a request failed outside the application", exc_info=exc)

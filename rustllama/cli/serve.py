@@ -9,7 +9,7 @@ from typing import TypeVar
 import click
 
 from rustllama.errors import SettingError
-from rustllama.settings import Settings, parse_address, table
+from rustllama.settings import Settings, parse_address, switches, table
 
 T = TypeVar("T", bound=Callable[..., object])
 
@@ -18,7 +18,11 @@ def _settings_as_options(function: T) -> T:
     for variable, default, meaning in reversed(table()):
         name = variable.removeprefix("RUSTLLAMA_").lower().replace("_", "-")
         shown = f"{variable}, {default}" if default else variable
-        option = click.option(f"--{name}", variable, metavar="VALUE", help=f"{meaning}  [{shown}]")
+        text = f"{meaning}  [{shown}]"
+        if variable in switches():  # the VALUE may be left out
+            option = click.option(f"--{name}", variable, is_flag=False, flag_value="1", metavar="VALUE", help=text)
+        else:
+            option = click.option(f"--{name}", variable, metavar="VALUE", help=text)
         function = option(function)
     return function
 
