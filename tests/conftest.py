@@ -60,7 +60,7 @@ def start_server(home: Path, *arguments: str, environ: Mapping[str, str] | None 
         )
     assert process.stdout is not None
     line = process.stdout.readline() if select.select([process.stdout], [], [], READY_S)[0] else ""
-    found = re.search(r"http://\S+", line)
+    found = re.search(r"https?://\S+", line)
     if not found:
         process.kill()
         process.wait()

@@ -10,6 +10,7 @@ from rustllama.api.answers import Answers
 from rustllama.api.catalog import Catalog
 from rustllama.api.guard import Guard
 from rustllama.api.home import Home
+from rustllama.api.keys import Keys
 from rustllama.api.metrics import Metrics
 from rustllama.api.models import Models
 from rustllama.api.ollama import Ollama
@@ -42,7 +43,7 @@ def create_app(
     app.url_map.merge_slashes = False  # a redirect would be HTML
     app.wsgi_app = AccessLog(app.wsgi_app, engine_factory.tally)  # type: ignore[method-assign]
     failures.install(app)
-    Guard(settings, manager).install(app)
+    Guard(settings, manager, Keys(settings, registry)).install(app)
     metrics = Metrics(manager, engine_factory)
     dialects = (Models(catalog, manager), Ollama(answers), OpenAI(answers))
     for endpoints in (Home(manager), *dialects, metrics, OpenAPI(app)):

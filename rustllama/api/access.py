@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -16,6 +17,7 @@ from werkzeug.wsgi import ClosingIterator
 from rustllama.core import Usage
 from rustllama.engine.tally import Ended, Tally
 from rustllama.errors import RustllamaError
+from rustllama.keys import ApiKey
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -36,6 +38,8 @@ class Call:
     started_ns: int = field(default_factory=time.monotonic_ns)
     status: int = 0
     outcome: str = "ok"  # see `tally.Ended`
+    key: ApiKey | None = None  # whose the request is
+    release: Callable[[], None] | None = None  # called at the end
     model: str = ""
     usage: Usage | None = None
     first_token_ns: int = 0  # after the start
@@ -48,8 +52,10 @@ class Call:
         self.status, self.outcome = error.status, error.code
 
     def line(self) -> str:
-        """Never holds a prompt or an answer."""
+        """Never holds a prompt, an answer or a secret."""
         words = [f"{self.id} {self.method} {quote(self.path)} {self.status} {self.elapsed_ns / 1e6:.1f}ms"]
+        if self.key is not None:
+            words.append(f"key={self.key.name}")
         if self.model:
             words.append(f"model={self.model}")
         if self.usage is not None:
@@ -89,9 +95,13 @@ class AccessLog:
             call.status = int(status[:3])
             return start_response(status, [*headers, ("X-Request-Id", call.id)], exc_info)
 
-        return ClosingIterator(self._app(environ, start), lambda: self._ended(call))
+        with ExitStack() as ending:
+            ending.callback(self._ended, call)
+            return ClosingIterator(self._app(environ, start), ending.pop_all().close)
 
     def _ended(self, call: Call) -> None:
+        if call.release is not None:
+            call.release()
         self._tally.requests[Ended(call.model, call.status, call.outcome)] += 1
         _LOG.info(call.line())
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rustllama import gguf
+from rustllama.api.keys import check_model, may_use, may_use_all
 from rustllama.bridge import RLock, offload
 from rustllama.core import ModelRecord
 from rustllama.engine.manager import EngineManager
@@ -13,6 +16,8 @@ from rustllama.errors import ModelNotFound
 from rustllama.probe import prove
 from rustllama.registry import Registry, examine
 from rustllama.settings import Settings
+
+T = TypeVar("T")
 
 
 class Catalog:
@@ -26,17 +31,19 @@ class Catalog:
         self._proving = RLock()  # one at a time: each takes the memory of its model, and one of few threads
 
     def list(self) -> list[ModelRecord]:
-        return offload(self._registry.list)
+        """Those that the request's key may use."""
+        return [record for record in offload(self._registry.list) if may_use(record.name)]
 
     def get(self, name: str) -> ModelRecord:
-        """Raises ModelNotFound."""
-        return offload(self._registry.get, name)
+        """Raises ModelNotFound, and Forbidden where the request's key is for other models: so do all that follow."""
+        return self._found(self._registry.get, name)
 
     def create(self, name: str, path: str) -> None:
         """Examines and proves the file, then gives it the name; answers of a model replaced by it end well.
 
         Raises BadModelFile, OutOfMemory, DiskFull or InternalError.
         """
+        check_model(name)
         absolute = Path(os.path.abspath(os.path.expanduser(path)))
         replaced = self._examine_and_put(name, absolute)
         if replaced is not None:
@@ -54,12 +61,22 @@ class Catalog:
 
         Raises ModelNotFound, or BadModelFile where the file is gone or spoilt.
         """
-        record, unchanged = offload(self._look, name)
+        record, unchanged = self._found(self._look, name)
         return record if unchanged else self._examined_again(name)
+
+    def _found(self, find: Callable[[str], T], name: str) -> T:
+        """What `find` says of a model, in a worker thread. Who may use some models hears no names of others."""
+        check_model(name)
+        try:
+            return offload(find, name)
+        except ModelNotFound:
+            if may_use_all():
+                raise
+            raise ModelNotFound(f"model '{name}' not found: `rustllama create` registers it.") from None
 
     def _let_go(self, record: ModelRecord) -> None:
         """Its computed prompts leave too, unless the file has another name."""
-        forget = all(other.digest != record.digest for other in self.list())
+        forget = all(other.digest != record.digest for other in offload(self._registry.list))
         self._manager.unload(record, forget=forget)
 
     def _examined_again(self, name: str) -> ModelRecord:

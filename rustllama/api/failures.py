@@ -10,7 +10,15 @@ from flask import Flask, Response, request
 from werkzeug import exceptions as http
 
 from rustllama.api.access import Call, call_of
-from rustllama.errors import BadRequest, InternalError, MethodNotAllowed, NotFound, RustllamaError, TooLarge
+from rustllama.errors import (
+    BadRequest,
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    RustllamaError,
+    TooLarge,
+    Unauthorized,
+)
 
 _LOG = logging.getLogger("rustllama")
 
@@ -57,6 +65,8 @@ def _answer(error: RustllamaError) -> Response:
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

@@ -1,4 +1,4 @@
-"""What a request passes before its handler: the size of its body, and whether the server still takes work."""
+"""What a request passes before its handler: its API key, the size of its body, and whether work is still taken."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from rustllama.api.decoding import Fields, parse_object
+from rustllama.api.keys import Keys
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadRequest, Draining
 from rustllama.settings import Settings
@@ -17,16 +18,18 @@ _READING = ("GET", "HEAD", "OPTIONS")
 class Guard:
     """Checks in the order in which they are cheap; nothing here reads the body."""
 
-    def __init__(self, settings: Settings, manager: EngineManager) -> None:
+    def __init__(self, settings: Settings, manager: EngineManager, keys: Keys) -> None:
         self._settings = settings
         self._manager = manager
+        self._keys = keys
 
     def install(self, app: Flask) -> None:
         app.config["MAX_CONTENT_LENGTH"] = self._settings.max_body
         app.before_request(self.check)
 
     def check(self) -> None:
-        """Raises Draining for what generates or alters while the server is leaving."""
+        """Raises what `Keys.admit` does, and Draining for what generates or alters while the server is leaving."""
+        self._keys.admit()
         if self._manager.draining and request.method not in _READING and request.path != "/api/show":
             raise Draining("The server is stopping: try again when it is back.")
 

@@ -9,6 +9,7 @@ from rustllama.api import details
 from rustllama.api.catalog import Catalog
 from rustllama.api.decoding import refuse_unbuilt, typed
 from rustllama.api.guard import body
+from rustllama.api.keys import may_use
 from rustllama.api.requests import model_name
 from rustllama.api.streaming import json_response
 from rustllama.engine.manager import EngineManager
@@ -73,7 +74,8 @@ class Models:
         return json_response(details.shown(self._catalog.get(model_name(body()))))
 
     def ps(self) -> Response:
-        return json_response({"models": [details.running(loaded) for loaded in self._manager.loaded()]})
+        loaded_models = [loaded for loaded in self._manager.loaded() if may_use(loaded.record.name)]
+        return json_response({"models": [details.running(loaded) for loaded in loaded_models]})
 
     def openai_list(self) -> Response:
         records = self._catalog.list()

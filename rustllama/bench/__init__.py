@@ -13,7 +13,7 @@ from rich.console import Console
 from rustllama.bench.dialects import DIALECTS
 from rustllama.bench.load import DEFAULT_URLS, LoadRun, Plan
 from rustllama.bench.report import Figures, Intrusion, Spread, as_json, figures, show
-from rustllama.client import base_url
+from rustllama.client import API_KEY, base_url
 from rustllama.settings import Settings
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -78,6 +78,7 @@ def _plan(options: dict[str, object]) -> Plan:
     given = {name: value for name, value in options.items() if value is not None}
     defaults: dict[str, object] = {
         "url": DEFAULT_URLS.get(str(given["api"])) or base_url(os.environ.get("RUSTLLAMA_HOST") or "localhost"),
+        "api_key": os.environ.get(API_KEY, "").strip(),
         "seed": random.SystemRandom().randrange(1 << 32),
         "requests": given["concurrency"],
         "warmup": given["concurrency"],

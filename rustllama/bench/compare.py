@@ -69,10 +69,11 @@ def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     os.environ.setdefault("RUSTLLAMA_NUM_CTX", str(plan.prompt_tokens + plan.answer_tokens + _TEMPLATE_TOKENS))
     together: list[Pair] = []
     whole: list[Pair] = []
-    with tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder, private_server(Home(Path(folder))) as url:
-        Client(url).create(MODEL_NAME, str(path.absolute()))
-        load = LoadRun(replace(plan, url=url, api="rustllama", model=MODEL_NAME, requests=plan.concurrency))
-        let_measure(url, MODEL_NAME)
+    with tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder, private_server(Home(Path(folder))) as client:
+        client.create(MODEL_NAME, str(path.absolute()))
+        asked = replace(plan, url=client.url, api_key=client.api_key, api="rustllama", model=MODEL_NAME)
+        load = LoadRun(replace(asked, requests=plan.concurrency))
+        let_measure(client, MODEL_NAME)
         for _ in range(pairs):
             server, _ = load.measure()
             bare = run_bare(path, replace(plan, prompt_tokens=round(server.prompt_tokens or plan.prompt_tokens)))
@@ -81,13 +82,14 @@ def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     return Comparison(together, whole)
 
 
-def let_measure(url: str, model: str) -> None:
+def let_measure(client: Client, model: str) -> None:
     """A server measures its decode calls when it rests, which it does not do under load."""
     known, measured = -1, f'{_MEASURED}model="{model}"'
-    while known < (known := requests.get(f"{url}/metrics", timeout=_REST_S).text.count(measured)):
+    url, headers = f"{client.url}/metrics", {"Authorization": f"Bearer {client.api_key}"}
+    while known < (known := requests.get(url, headers=headers, timeout=_REST_S).text.count(measured)):
         time.sleep(_REST_S)
         hello = Message(role="user", content="Hello")
-        deque(Client(url).chat(model, [hello], {"num_predict": 1}), maxlen=0)
+        deque(client.chat(model, [hello], {"num_predict": 1}), maxlen=0)
 
 
 def run_bare(path: Path, plan: Plan) -> Figures:

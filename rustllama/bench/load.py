@@ -24,6 +24,7 @@ class Plan:
     url: str
     seed: int
     api: str = "rustllama"
+    api_key: str = ""  # sent if there is one
     model: str = "demo"
     concurrency: int = 1
     requests: int = 1
@@ -83,7 +84,8 @@ class LoadRun:
 
     def _ask(self, prompt: str, answer_tokens: int) -> Recording:
         body = self._dialect.body(self.plan.model, prompt, answer_tokens)
-        return Recording(http_request(urlsplit(self.plan.url).netloc, self._dialect.path, body))
+        host = urlsplit(self.plan.url).netloc
+        return Recording(http_request(host, self._dialect.path, body, self.plan.api_key))
 
     def _count_tokens(self, prompt: str) -> int:
         [trace] = self._play([self._ask(prompt, 1)], Arrivals())

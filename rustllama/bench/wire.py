@@ -11,12 +11,13 @@ from rustllama.bench.player import Recording
 from rustllama.bench.trace import Trace
 
 
-def http_request(host: str, path: str, body: Mapping[str, object]) -> bytes:
+def http_request(host: str, path: str, body: Mapping[str, object], api_key: str = "") -> bytes:
     """The bytes of a POST whose answer ends with the connection."""
     content = msgspec.json.encode(body)
+    authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        f"{authorization}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + content
 

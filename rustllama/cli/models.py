@@ -14,7 +14,7 @@ from rustllama.client import Client, Model, ModelCard
 
 
 def _client() -> Client:
-    return Client(os.environ.get("RUSTLLAMA_HOST", ""))
+    return Client.from_env(os.environ)
 
 
 @click.command(epilog="\b\nExample:\n  rustllama create llama3.2 ~/models/Llama-3.2-3B-Instruct-Q4_K_M.gguf")

@@ -14,7 +14,9 @@ from typing import IO
 
 import rustllama
 from rustllama.cli.home import Home
+from rustllama.client import Client
 from rustllama.errors import RustllamaError
+from rustllama.keys import new_secret
 
 _URL = re.compile(rb"https?://\S+")
 _LOG = "private-server.log"
@@ -22,19 +24,20 @@ _GOODBYE_S = 5.0
 
 
 @contextlib.contextmanager
-def private_server(home: Home) -> Iterator[str]:
-    """The URL of a server on a free loopback port. It ends when its standard input closes, whatever ends the console.
+def private_server(home: Home) -> Iterator[Client]:
+    """The client of a server on a free loopback port, which wants an API key that this client has.
 
-    It leads a session of its own, so neither Ctrl+C nor a closed terminal reaches it. Raises RustllamaError with the
-    last line of its log where it does not start.
+    It ends when its standard input closes, whatever ends the console. It leads a session of its own, so neither Ctrl+C
+    nor a closed terminal reaches it. Raises RustllamaError with the last line of its log where it does not start.
     """
-    process = _started(home)
+    secret = new_secret()
+    process = _started(home, secret)
     assert process.stdin is not None
     try:
         url = _url(process)
         if url is None:
             raise _failure(process, home)
-        yield url
+        yield Client(url, api_key=secret)
     finally:
         process.stdin.close()
         process.terminate()  # it would notice the end of its input too, but later
@@ -42,12 +45,15 @@ def private_server(home: Home) -> Iterator[str]:
             process.wait(_GOODBYE_S)
 
 
-def _started(home: Home) -> subprocess.Popen[bytes]:
+def _started(home: Home, secret: str) -> subprocess.Popen[bytes]:
     environ = {
         "RUSTLLAMA_HOME": str(home.path),
         "RUSTLLAMA_HOST": "127.0.0.1:0",
         "RUSTLLAMA_WORKERS": "1",
         "RUSTLLAMA_STOP_ON_EOF": "1",
+        "RUSTLLAMA_CONSOLE_KEY": secret,
+        "RUSTLLAMA_TLS_CERT": "",
+        "RUSTLLAMA_TLS_KEY": "",
     }
     try:
         home.file(_LOG).write_bytes(b"")

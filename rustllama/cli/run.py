@@ -66,15 +66,15 @@ def _server(home: Home, notes: Console) -> Iterator[Client]:
     """A client of the server that runs, else of a private one."""
     from rustllama.cli.render import note
 
-    client = Client(os.environ.get("RUSTLLAMA_HOST", ""))
+    client = Client.from_env(os.environ)
     if _answers(client):
         yield client
         return
     with contextlib.ExitStack() as stack:
         with spinner(notes, "Starting a server"):
-            url = stack.enter_context(private_server(home))
+            private = stack.enter_context(private_server(home))
         note(notes, f"No server at {client.url}: a private one was started, which ends with this command.")
-        yield Client(url)
+        yield private
 
 
 def _answers(client: Client) -> bool:

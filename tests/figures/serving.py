@@ -18,6 +18,7 @@ import requests
 from rustllama.bench.compare import let_measure
 from rustllama.bench.load import LoadRun, Plan
 from rustllama.bench.report import Figures
+from rustllama.client import Client
 from tests.conftest import Server, start_server
 from tests.scrape import Scrape
 
@@ -35,7 +36,7 @@ def serving(*models: Path, home: Path | None = None, **settings: str) -> Iterato
             for model in models:
                 body = {"name": model.stem, "modelpath": str(model.absolute())}
                 requests.post(f"{server.url}/api/create", json=body, timeout=_PATIENCE_S)
-                let_measure(server.url, model.stem)
+                let_measure(Client(server.url), model.stem)
             yield server
         finally:
             server.stop()
