@@ -56,13 +56,13 @@ def _check_readable(variable: str, path: Path) -> None:
         ) from None
 
 
-def shake_hands(client: Socket, context: SSLContext) -> SSLSocket | None:
+def shake_hands(client: Socket, context: SSLContext, timeout_s: float = HANDSHAKE_S) -> SSLSocket | None:
     """The connection above TLS, called in its greenlet. None, and a closed one, where a stranger does not speak TLS, or
-    nothing within HANDSHAKE_S: that is no fault of ours and only a line in the log.
+    nothing in time: that is no fault of ours and only a line in the log.
     """
     why = "it does not speak TLS"
     try:
-        with gevent.Timeout(HANDSHAKE_S):
+        with gevent.Timeout(timeout_s):
             if client.recv(1, socket.MSG_PEEK) == _FIRST_BYTE:
                 client = context.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
                 client.do_handshake()

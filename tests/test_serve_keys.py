@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -13,13 +14,16 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import gevent.socket
 import ollama
 import openai
 import pytest
 import requests
+from gevent.ssl import SSLContext
 
 from rustllama.client import Client, Message
 from rustllama.errors import Forbidden, RustllamaError, Unauthorized
+from rustllama.tls import shake_hands
 from tests.conftest import Server, start_server
 from tests.test_serve import serve_fails, until
 
@@ -233,6 +237,25 @@ def test_strangers_who_do_not_shake_hands_stop_nobody_and_leave_no_traceback(
         assert Client(secure.url, ca=str(certificate.cert)).models()
     until(lambda: secure.log.read_text().count("refused a connection") >= 4)
     assert "Traceback" not in secure.log.read_text()
+
+
+def test_a_connection_that_turns_to_nonsense_is_a_line_in_the_log(secure: Server, certificate: Certificate) -> None:
+    context = ssl.create_default_context(cafile=certificate.cert)
+    with connect(secure) as raw, context.wrap_socket(raw, server_hostname="127.0.0.1") as shaken:
+        with socket.socket(fileno=os.dup(shaken.fileno())) as below:
+            below.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        until(lambda: "a connection broke" in secure.log.read_text())
+    assert "Traceback" not in secure.log.read_text()
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16"])
+def test_who_never_ends_the_handshake_is_cut_off(said: bytes) -> None:
+    ours, theirs = gevent.socket.socketpair()
+    theirs.sendall(said)
+    assert shake_hands(ours, SSLContext(ssl.PROTOCOL_TLS_SERVER), 0.01) is None
+    with contextlib.suppress(ConnectionResetError):  # what was not read
+        assert theirs.recv(1) == b""
+    theirs.close()
 
 
 def test_a_client_that_leaves_in_the_middle_over_tls_ends_its_answer(
