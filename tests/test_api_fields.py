@@ -37,9 +37,15 @@ WRONG_OPTIONS = [
     ("presence_penalty", 11, "a number from -10 to 10"),
     ("frequency_penalty", {}, "not an object"),
     ("use_mmap", 1, "true or false, not 1"),
-    ("stop", 7, "a string of at most 1000 characters or a list of strings of at most 64 items, not 7"),
-    ("stop", [7], "a list of strings"),
-    ("stop", ["x"] * 65, "at most 64 items"),
+    (
+        "stop",
+        7,
+        "a string of at most 1000 characters or a list of at most 64 strings of at most 1000 characters, not 7",
+    ),
+    ("stop", [7], "a list of at most 64 strings"),
+    ("stop", "x" * 1001, "a string of at most 1000 characters"),
+    ("stop", ["x" * 1001], "strings of at most 1000 characters"),
+    ("stop", ["x"] * 65, "at most 64 strings"),
 ]
 
 
@@ -188,6 +194,31 @@ MALFORMED = [
 @pytest.mark.parametrize("body", MALFORMED, ids=range(len(MALFORMED)))
 def test_a_body_that_is_no_strict_json_object_is_a_400(house: House, body: bytes) -> None:
     assert refused(house.send("/api/chat", body), 400).startswith("The body ")
+
+
+@pytest.mark.parametrize(("depth", "status"), [(64, 200), (65, 400), (900, 400)])
+def test_a_body_is_at_most_64_objects_and_lists_deep(house: House, depth: int, status: int) -> None:
+    body = b'{"model": "toy", "unheard_of": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+    response = house.send("/api/show", body)
+    assert response.status_code == status
+    assert status == 200 or "at most 64 lists and objects within each other" in refused(response, 400)
+
+
+@pytest.mark.parametrize("option", ["temperature", "top_p", "top_k", "seed"])
+@pytest.mark.parametrize("digits", [20, 309, 4000])
+def test_a_number_of_many_digits_is_named_and_not_printed(house: House, option: str, digits: int) -> None:
+    body = b'{"model": "toy", "messages": [], "options": {"%b": -%b}}' % (option.encode(), b"9" * digits)
+    sentence = refused(house.send("/api/chat", body), 400)
+    assert f"'options.{option}' must be" in sentence
+    assert len(sentence) < 160
+
+
+def test_messages_and_their_parts_are_counted(house: House) -> None:
+    message, part = {"role": "user", "content": ""}, {"type": "text", "text": ""}
+    ok(house.chat(messages=[{"role": "user", "content": [part] * 10_000}]))
+    assert refused(house.chat(messages=[message] * 10_001), 400) == ("'messages' has 10001 items: send at most 10000.")
+    sentence = refused(house.chat(messages=[{"role": "user", "content": [part] * 10_001}]), 400)
+    assert "'messages[0].content' has 10001 items" in sentence
 
 
 def test_an_integer_as_long_as_python_prints_is_a_400(house: House) -> None:

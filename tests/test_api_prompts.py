@@ -106,6 +106,13 @@ def test_a_prompt_of_too_many_bytes_is_not_even_tokenized(house: House) -> None:
     assert house.engines.last.prompts == []
 
 
+def test_a_prompt_that_its_template_makes_too_long_is_not_tokenized(house: House) -> None:
+    template = "{% for _ in range(1000) %}{{ messages[0].content }}{% endfor %}"
+    body = {"model": "toy", "prompt": "abcdefgh", "template": template, "options": {"num_ctx": 64}}
+    assert "8000 characters" in refused(house.post("/api/generate", **body), 400)
+    assert house.engines.last.prompts == []
+
+
 def test_megabytes_of_old_turns_are_cut_before_they_are_tokenized(house: House) -> None:
     ok(house.chat(messages=conversation(500, 100), options={"num_ctx": 128}))
     sizes = [sum(len(span.text) for span in prompt) for prompt in house.engines.last.prompts]

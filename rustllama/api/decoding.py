@@ -18,6 +18,7 @@ Fields = Mapping[str, object]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_CHARACTERS = 40
+_DEEPEST = 64  # objects and lists in each other
 _EMPTY: tuple[object, ...] = (None, False, 0, "", [], {})
 
 
@@ -29,12 +30,27 @@ def parse_object(body: bytes) -> Fields:
     try:
         value = msgspec.json.decode(text)
     except RecursionError:
-        raise BadRequest("The body is nested too deeply.") from None
+        raise _too_deep() from None
     except ValueError as error:  # malformed JSON, bad UTF-8, numbers that no double or integer holds
         raise BadRequest(f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise BadRequest(f"The body must be a JSON object, not {_shown(value)}.")
+    _check_depth(value)
     return value
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        parents = (parent.values() if isinstance(parent, dict) else parent for parent in level)
+        level = [child for children in parents for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> BadRequest:
+    return BadRequest(f"The body is nested too deeply: send at most {_DEEPEST} lists and objects within each other.")
 
 
 def typed(cls: type[S], raw: Fields, path: str = "") -> S:
@@ -116,17 +132,18 @@ def _words(info: inspect.Type) -> str:
         noun = "a whole number" if isinstance(info, inspect.IntType) else "a number"
         return noun if info.ge is None else f"{noun} from {info.ge} to {info.le}"
     if isinstance(info, inspect.StrType):
-        return "a string" + _at_most(info.max_length, "characters")
+        return "a string" + _length(info)
     if isinstance(info, inspect.ListType):
-        items = "strings" if isinstance(info.item_type, inspect.StrType) else "objects"
-        return f"a list of {items}" + _at_most(info.max_length, "items")
+        most = "" if info.max_length is None else f"at most {info.max_length} "
+        item = info.item_type
+        return f"a list of {most}" + (f"strings{_length(item)}" if isinstance(item, inspect.StrType) else "objects")
     if isinstance(info, inspect.LiteralType):
         return "one of " + ", ".join(map(str, info.values))
     return "true or false" if isinstance(info, inspect.BoolType) else "an object"
 
 
-def _at_most(count: int | None, units: str) -> str:
-    return "" if count is None else f" of at most {count} {units}"
+def _length(info: inspect.StrType) -> str:
+    return "" if info.max_length is None else f" of at most {info.max_length} characters"
 
 
 def _shown(value: object) -> str:

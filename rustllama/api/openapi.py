@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from flask import Flask, Response
-from msgspec import Struct
+from msgspec import Meta, Struct
 from werkzeug.routing import Rule
 
 from rustllama import __version__
 from rustllama.api import models, ollama, openai
 from rustllama.api.options import Options
-from rustllama.api.requests import Message
+from rustllama.api.requests import MOST_ITEMS, Message
 from rustllama.api.streaming import json_response
 
 _VERSION = "3.1.0"
@@ -44,7 +44,7 @@ class Chosen(Struct, frozen=True):
 
 
 class Said(Struct, frozen=True):
-    messages: list[Message]
+    messages: Annotated[list[Message], Meta(max_length=MOST_ITEMS)]
 
 
 class Error(Struct, frozen=True):

@@ -141,11 +141,16 @@ def cut(weight: Callable[[int], int], starts: Sequence[int], limit: int, step: i
 
 
 def _fit(text: _Text, job: Job, engine: Engine, num_ctx: int) -> tuple[int, tuple[int, ...]]:
+    most_bytes = _BYTES_PER_TOKEN * num_ctx
+
     @cache
     def tokens(start: int) -> tuple[int, ...]:
-        return engine.tokenize(text.render(start), add_special=True, as_written=not job.options.reproducible)
+        spans = text.render(start)
+        rendered = sum(len(span.text) for span in spans)  # characters; a template can make much of little
+        if rendered > most_bytes:
+            raise _too_long(f"{rendered} characters in its template", num_ctx)
+        return engine.tokenize(spans, add_special=True, as_written=not job.options.reproducible)
 
-    most_bytes = _BYTES_PER_TOKEN * num_ctx
     starts = text.starts[cut(text.size_bytes, text.starts, most_bytes, most_bytes // _STEPS) :]
     size_bytes = text.size_bytes(starts[0])
     if size_bytes > most_bytes:

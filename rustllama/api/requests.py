@@ -16,6 +16,7 @@ Turn = Mapping[str, str]
 """A message as a template takes it: `role` and `content`."""
 
 _LONGEST_S = 10.0**9  # beyond it a timer is as good as none
+MOST_ITEMS = 10_000  # messages, or parts of one; each costs time, also where it is left out
 _LONGEST_DURATION = 40  # characters; its pattern takes long on long ones
 _UNBUILT_IN_A_MESSAGE: dict[str, tuple[object, ...]] = {
     "images": (),
@@ -64,7 +65,13 @@ def keep_alive_s(raw: Fields) -> float | None:
 
 def read_messages(raw: list[dict[str, object]]) -> tuple[Turn, ...]:
     """Messages as templates take them. Raises BadRequest naming the message and its field."""
+    _check_count(raw, "messages")
     return tuple(_turn(fields, f"messages[{index}].") for index, fields in enumerate(raw))
+
+
+def _check_count(items: list[dict[str, object]], where: str) -> None:
+    if len(items) > MOST_ITEMS:
+        raise BadRequest(f"'{where}' has {len(items)} items: send at most {MOST_ITEMS}.", where)
 
 
 def _turn(raw: Fields, path: str) -> Turn:
@@ -74,6 +81,7 @@ def _turn(raw: Fields, path: str) -> Turn:
     if message.content is None and role != "assistant":
         raise BadRequest(f"'{path}content' is missing: it must be a string.", f"{path}content")
     if isinstance(message.content, list):
+        _check_count(message.content, f"{path}content")
         content = "\n".join(_text(part, f"{path}content[{index}].") for index, part in enumerate(message.content))
         return {"role": role, "content": content}
     return {"role": role, "content": message.content or ""}
