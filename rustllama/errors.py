@@ -7,7 +7,7 @@ RustllamaError
 │   ├── TemplateRefused      400  template_error
 │   └── BadModelFile         400  bad_model_file           the file named by a create or a record cannot be served
 ├── Unauthorized             401  unauthorized             no API key, or none that is known
-├── Forbidden                403  forbidden
+├── Forbidden                403  forbidden                not from this page, to this host, or with this key
 ├── NotFound                 404  not_found
 │   └── ModelNotFound        404  model_not_found
 ├── MethodNotAllowed         405  method_not_allowed

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rustllama.errors import SettingError
+from rustllama.origin import Origin
 
 DEFAULT_PORT = 11435
 FOREVER = math.inf
@@ -92,6 +93,25 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _hosts(text: str) -> tuple[str, ...]:
+    return tuple(name if name == "*" else _host(name) for name in _names(text))
+
+
+def _host(name: str) -> str:
+    bare_v6 = name.count(":") > 1 and not name.startswith("[")
+    try:
+        return Origin.parse(f"http://[{name}]" if bare_v6 else f"http://{name}").host
+    except ValueError:
+        raise ValueError("host names or addresses by comma, like chat.example.com, or *") from None
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    for name in _names(text):
+        if name not in ("*", "null"):
+            Origin.parse(name)
+    return _names(text)
+
+
 def default_home() -> Path:
     """The platform's state folder for rustllama."""
     from platformdirs import user_state_path  # only where no folder was named: it costs start-up time
@@ -162,6 +182,12 @@ class Settings:
     )
     tls_cert: Path | None = _setting(_path, None, "PEM file of a certificate and its chain: the server speaks https")
     tls_key: Path | None = _setting(_path, None, "PEM file of its key; default: in that of the certificate")
+    hosts: tuple[str, ...] = _setting(
+        _hosts, (), "names by which clients call this server, by comma, besides its own and local ones; *: any"
+    )
+    origins: tuple[str, ...] = _setting(
+        _origins, (), "origins of web pages that may use it, by comma, like https://chat.example.com; *: any"
+    )
     stop_on_eof: bool = _setting(_yes, False, "stop when standard input closes; the console's private server uses it")
 
     @classmethod

@@ -57,13 +57,17 @@ class Nginx:
         )
         self.command = [str(NGINX), "-e", "stderr", "-p", str(folder), "-c", str(config)]
 
-    def send(self, method: str, path: str, body: bytes | None = None) -> http.client.HTTPConnection:
+    def send(
+        self, method: str, path: str, body: bytes | None = None, host: str = "localhost"
+    ) -> http.client.HTTPConnection:
         connection = self._connections.enter_context(contextlib.closing(_UnixConnection(self.socket)))
-        connection.request(method, path, body)
+        connection.request(method, path, body, headers={"Host": host})
         return connection
 
-    def ask(self, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
-        return self._connections.enter_context(self.send(method, path, body).getresponse())
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, host: str = "localhost"
+    ) -> http.client.HTTPResponse:
+        return self._connections.enter_context(self.send(method, path, body, host).getresponse())
 
     def hang_up(self) -> None:
         self._connections.close()
@@ -131,6 +135,18 @@ def test_the_bundled_model_streams_its_answer_through_nginx(tmp_path: Path, serv
     assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
     assert len(lines) > 5
     assert "".join(line["message"]["content"] for line in lines)
+
+
+@needs_nginx
+@pytest.mark.parametrize(("host", "status"), [("localhost", 200), ("box.local:8443", 200), ("chat.example.com", 403)])
+def test_nginx_leaves_it_to_the_server_which_names_are_its_own(
+    tmp_path: Path, server: Server, host: str, status: int
+) -> None:
+    with Nginx(tmp_path, urlsplit(server.url).netloc) as nginx:
+        answer = nginx.ask("GET", "/api/list", host=host)
+        body = answer.read()
+    assert answer.status == status
+    assert status == 200 or b"'chat.example.com'" in body
 
 
 @needs_nginx

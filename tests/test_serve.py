@@ -297,7 +297,7 @@ def _is_socket(fd: Path) -> bool:
 def test_a_client_that_leaves_the_queue_or_its_prompt_frees_its_place(toy_server: Server, streamed: bool) -> None:
     body = json.dumps({**CHAT, "stream": streamed, "options": {"num_predict": 2000}}).encode()
     assert ask(toy_server, 1).ok  # the model is loaded
-    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     host, port = toy_server.url.removeprefix("http://").split(":")
     clients = [socket.create_connection((host, int(port))) for _ in range(40)]
     for client in clients:

@@ -1,13 +1,15 @@
-"""What a request passes before its handler: its API key, the size of its body, and whether work is still taken."""
+"""What a request passes before its handler: where it comes from, its API key, its body's size, and whether work is taken."""
 
 from __future__ import annotations
 
-from flask import Flask, request
+from flask import Flask, Response, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from rustllama.api.decoding import Fields, parse_object
+from rustllama.api.hosts import Hosts
 from rustllama.api.keys import Keys
+from rustllama.api.origins import Origins
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadRequest, Draining
 from rustllama.settings import Settings
@@ -21,17 +23,29 @@ class Guard:
     def __init__(self, settings: Settings, manager: EngineManager, keys: Keys) -> None:
         self._settings = settings
         self._manager = manager
+        self._hosts = Hosts(settings)
+        self._origins = Origins(settings)
         self._keys = keys
 
     def install(self, app: Flask) -> None:
         app.config["MAX_CONTENT_LENGTH"] = self._settings.max_body
         app.before_request(self.check)
+        app.after_request(lambda response: self._origins.mark(response, request.headers))
 
-    def check(self) -> None:
-        """Raises what `Keys.admit` does, and Draining for what generates or alters while the server is leaving."""
+    def check(self) -> Response | None:
+        """An answer for a preflight, None for what may go on.
+
+        Raises Forbidden for who may not ask, what `Keys.admit` does, and Draining for what generates or alters while
+        the server is leaving.
+        """
+        self._hosts.check(request.headers.get("Host"))
+        self._origins.check(request.headers)
+        if request.method == "OPTIONS" and request.url_rule and self._origins.is_preflight(request.headers):
+            return self._origins.preflight(request.headers)
         self._keys.admit()
         if self._manager.draining and request.method not in _READING and request.path != "/api/show":
             raise Draining("The server is stopping: try again when it is back.")
+        return None
 
 
 def body() -> Fields:
