@@ -20,7 +20,8 @@ from rustllama.errors import (
     TooManyRequests,
     Unauthorized,
 )
-from rustllama.settings import DEFAULT_PORT, is_loopback, parse_address
+from rustllama.origin import is_loopback
+from rustllama.settings import DEFAULT_PORT, parse_address
 
 API_KEY = "RUSTLLAMA_API_KEY"
 CA = "RUSTLLAMA_CA"

@@ -35,24 +35,30 @@ class Origin:
     @property
     def address(self) -> IPv4Address | IPv6Address | None:
         """None for a name."""
-        try:
-            return ip_address(self.host)
-        except ValueError:
-            return None
+        return _address(self.host)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it is this machine for whoever says it; names below `.localhost` are (RFC 6761)."""
-        address = self.address
-        if address is None:
-            return f".{self.host}".endswith(".localhost")
-        return any(address in network for network in _LOOPBACK)
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine for whoever says it; names below `.localhost` are (RFC 6761)."""
+    address = _address(host)
+    if address is None:
+        return f".{host}".endswith(".localhost")
+    return any(address in network for network in _LOOPBACK)
 
 
 def normal_host(host: str) -> str:
     """The one way to write a host: lower case, no root dot; an IPv6 address at its shortest, without brackets."""
     host = host.strip("[]")
+    address = _address(host)
+    return host.lower().removesuffix(".") if address is None else str(address)
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
     try:
-        return str(ip_address(host))
+        return ip_address(host)
     except ValueError:
-        return host.lower().removesuffix(".")
+        return None

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rustllama.errors import SettingError
-from rustllama.origin import Origin
+from rustllama.origin import Origin, is_loopback
 
 DEFAULT_PORT = 11435
 FOREVER = math.inf
@@ -56,15 +54,6 @@ def parse_address(text: str) -> tuple[str, int]:
     url = urlsplit(f"//[{rest}]" if bare_v6 else f"//{rest}")
     default = {"http": 80, "https": 443}.get(scheme, DEFAULT_PORT)
     return url.hostname or "localhost", default if url.port is None else url.port
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine, without asking anybody."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    with suppress(ValueError):
-        return ip_address(host).is_loopback
-    return False
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

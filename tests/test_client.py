@@ -9,7 +9,7 @@ import pytest
 
 from rustllama.client import Client, Message, base_url
 from rustllama.errors import RustllamaError, ServerUnreachable, SettingError
-from rustllama.settings import is_loopback
+from rustllama.origin import is_loopback
 from tests.stand_in import BREAK, HANG, StandIn, last_line, line, model, stand_in, status_line
 
 HELLO = [Message("user", "hello")]

@@ -1,4 +1,4 @@
-"""What a request passes before its handler: where it comes from, its API key, its body's size, and whether work is taken."""
+"""What a request passes before its handler: where it comes from, its key, its size, and whether work is taken."""
 
 from __future__ import annotations
 
