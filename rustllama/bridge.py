@@ -25,7 +25,7 @@ from gevent.lock import RLock as RLock
 from gevent.queue import SimpleQueue
 from gevent.threadpool import ThreadPool
 
-from rustllama.errors import Cancelled
+from rustllama.errors import Cancelled, TooSlow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,6 +34,7 @@ T = TypeVar("T")
 NATIVE_STACK_BYTES = 512 * 1024**2
 FILE_THREADS = 8
 SAMPLE_S = 0.1
+MOST_UNREAD = 1 << 14  # pieces of an answer, a few megabytes
 BACKGROUND_NICE = 10  # not more: a thread that hardly runs may hold the interpreter's lock
 
 
@@ -157,12 +158,22 @@ class Relay(Generic[T]):
 
 
 class Mailbox(Generic[T]):
-    """What one greenlet waits for and the hub fills. A put exception is raised at the reader."""
+    """What one greenlet waits for and the hub fills. A put exception is raised at the reader.
+
+    A reader that leaves too much unread gets TooSlow in the place of all of it.
+    """
 
     def __init__(self) -> None:
         self._queue: Any = SimpleQueue()
+        self._full = False
 
     def put(self, item: T | Exception) -> None:
+        if self._full:
+            return
+        self._full = self._queue.qsize() >= MOST_UNREAD
+        if self._full:
+            self._queue = SimpleQueue()
+            item = TooSlow(f"The answer was not read: {MOST_UNREAD} pieces of it waited.")
         self._queue.put(item)
 
     def get(self) -> T:

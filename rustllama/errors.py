@@ -11,6 +11,7 @@ RustllamaError
 ├── NotFound                 404  not_found
 │   └── ModelNotFound        404  model_not_found
 ├── MethodNotAllowed         405  method_not_allowed
+├── TooSlow                  408  request_timeout          the client, not the server
 ├── TooLarge                 413  too_large
 ├── TooManyRequests          429  rate_limited             more than an API key's limits allow
 ├── Cancelled                499  cancelled                never sent, only logged
@@ -82,6 +83,11 @@ class ModelNotFound(NotFound):
 class MethodNotAllowed(RustllamaError):
     status = 405
     code = "method_not_allowed"
+
+
+class TooSlow(RustllamaError):
+    status = 408
+    code = "request_timeout"
 
 
 class TooLarge(RustllamaError):

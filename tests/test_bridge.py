@@ -15,7 +15,7 @@ import gevent
 import pytest
 
 from rustllama import bridge
-from rustllama.errors import BadRequest, Cancelled
+from rustllama.errors import BadRequest, Cancelled, TooSlow
 
 
 def test_the_hub_goes_on_while_a_thread_works() -> None:
@@ -110,6 +110,15 @@ def test_a_mailbox_tells_whether_something_is_there_and_keeps_it() -> None:
     box.put(1)
     assert waiting.get()
     assert box.get() == 1
+
+
+def test_a_mailbox_that_nobody_empties_keeps_no_more_than_a_word_about_it() -> None:
+    box: bridge.Mailbox[int] = bridge.Mailbox()
+    for number in range(bridge.MOST_UNREAD + 10):
+        box.put(number)
+    with pytest.raises(TooSlow):
+        box.get()
+    assert not box.wait(0.001)
 
 
 def test_what_is_sampled_is_told_when_it_has_changed_and_once_at_the_end() -> None:
