@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,8 @@ from rustllama.origin import Origin, is_loopback
 
 DEFAULT_PORT = 11435
 FOREVER = math.inf
+
+Network = IPv4Network | IPv6Network
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -101,6 +104,17 @@ def _origins(text: str) -> tuple[str, ...]:
     return _names(text)
 
 
+def _limit_s(text: str) -> float:
+    return parse_duration_s(text) or FOREVER
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ip_network(name) for name in _names(text))
+    except ValueError as error:
+        raise ValueError(f'addresses or networks by comma, like "127.0.0.1, 10.0.0.0/8"; {error}') from None
+
+
 def default_home() -> Path:
     """The platform's state folder for rustllama."""
     from platformdirs import user_state_path  # only where no folder was named: it costs start-up time
@@ -176,6 +190,24 @@ class Settings:
     )
     origins: tuple[str, ...] = _setting(
         _origins, (), "origins of web pages that may use it, by comma, like https://chat.example.com; *: any"
+    )
+    head_timeout: float = _setting(_limit_s, 15.0, "time that the head of a request may take; 0: no limit")
+    body_timeout: float = _setting(
+        _limit_s, 30.0, "time that the body of a request may take: more for large ones on slow links; 0: no limit"
+    )
+    write_timeout: float = _setting(
+        _limit_s, 60.0, "time after which a client that takes nothing of its answer is cut off; 0: no limit"
+    )
+    max_connections: int = _setting(
+        _whole(1, 1 << 20),
+        4096,
+        "connections to a server process before others get 503; less where it may open fewer files",
+    )
+    max_connections_per_client: int = _setting(
+        _whole(0, 1 << 20), 256, "connections, or requests through a proxy, of one other machine; 0: no limit"
+    )
+    proxies: tuple[Network, ...] = _setting(
+        _networks, (), "addresses or networks, by comma, of proxies whose X-Forwarded-For and -Proto are believed"
     )
     stop_on_eof: bool = _setting(_yes, False, "stop when standard input closes; the console's private server uses it")
 

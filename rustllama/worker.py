@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import ssl
 import sys
 import time
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -21,13 +23,18 @@ from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
 from rustllama import __version__, bridge, tls
+from rustllama.addresses import Proxies
+from rustllama.api.failures import plain_failure
+from rustllama.client_socket import ClientSocket, Patience
+from rustllama.connections import Connections, affordable
 from rustllama.engine.manager import EngineManager
-from rustllama.errors import RustllamaError
+from rustllama.errors import BadRequest, Busy, InternalError, RustllamaError, TooSlow
 
 _NOTIFY_S = 1.0  # Gunicorn's master waits for a sign of life
 _POLL_S = 0.02
-_LINGER_S = 0.5
-_LINGER_BYTES = 1 << 20
+_SEND_BUFFER_BYTES = 64 << 10  # what may wait in the kernel for a client that does not read
+_DRAINED_BYTES = 64 << 10
+_REFUSED_AT_ONCE = 64
 _REFUSALS = (
     (errors.LimitRequestLine, HTTPStatus.REQUEST_URI_TOO_LONG),
     (errors.LimitRequestHeaders, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
@@ -45,6 +52,14 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._requests = 0
         self._leaving = Event()
         self._serving = False
+        self._refusing = 0
+        settings = self.app.settings
+        self._patience = Patience(
+            settings.head_timeout, settings.body_timeout, settings.write_timeout, self.cfg.keepalive
+        )
+        self._connections = Connections(
+            affordable(settings.max_connections), settings.max_connections_per_client, Proxies(settings.proxies)
+        )
 
     def patch(self) -> None:
         """Makes the listeners gevent's and patches nothing; `bridge` says why."""
@@ -80,36 +95,44 @@ class Worker(GeventWorker):  # type: ignore[misc]
         while self._requests and time.monotonic() < deadline_s:
             gevent.sleep(_POLL_S)
 
+    def timeout_ctx(self) -> AbstractContextManager[None]:
+        """Gunicorn's limit on a head and the idle time before it: ClientSocket has these."""
+        return contextlib.nullcontext()
+
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         context = self.app.tls
         secured = client if context is None else tls.shake_hands(client, context)
         if secured is not None:
-            super().handle(listener, secured, addr)
+            super().handle(listener, ClientSocket(secured, self._patience), addr)
 
-    def handle_request(self, *args: Any) -> None:
+    def handle_request(self, listener_name: Any, req: Any, sock: ClientSocket, addr: Any) -> None:
+        sock.expect_body(when_late=req.force_close)
+        forwarded = ",".join(value for name, value in req.headers if name == "X-FORWARDED-FOR")
         self._requests += 1
         try:
-            super().handle_request(*args)
+            with self._connections.asked(addr[0], forwarded) as client:
+                super().handle_request(listener_name, req, sock, (client, *addr[1:]))
+                _read_out(req.body)
         finally:
             self._requests -= 1
+        sock.expect_request()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """What Gunicorn could not read as HTTP gets JSON too; what the application let through is logged."""
         if isinstance(exc, ssl.SSLError):
             _log.info("a connection broke: %s", exc.reason)
             return
-        status = next((code for kind, code in _REFUSALS if isinstance(exc, kind)), 500)
+        status, error = _told(exc)
         if status == 500:
             _log.error("a request failed outside the application", exc_info=exc)
         else:
-            _log.info("refused a request that is not HTTP: %s", type(exc).__name__)
-        body = b'{"error":"the request is not valid HTTP, or its head is too long."}\n'
+            _log.info("refused a request: %s", type(exc).__name__)
+        body = plain_failure(error, getattr(req, "path", ""))
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+        if error.retry_after_s is not None:
+            head += f"Retry-After: {error.retry_after_s}\r\n"
         with contextlib.suppress(OSError):
             client.sendall(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
-            client.shutdown(socket.SHUT_WR)
-            client.settimeout(_LINGER_S)
-            client.recv(_LINGER_BYTES)  # or the answer is lost with what was sent and not read
 
     def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
         self.alive = False
@@ -128,14 +151,29 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _listen(self, listener: Any) -> StreamServer:
         listener.setblocking(1)
-        server = StreamServer(
-            listener, handle=lambda client, addr: self.handle(listener, client, addr), spawn=self._pool()
-        )
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # its connections inherit it
+        server = StreamServer(listener, handle=functools.partial(self._serve, listener))
         server.start()
         return server
 
-    def _pool(self) -> gevent.pool.Pool:
-        return gevent.pool.Pool(self.worker_connections)
+    def _serve(self, listener: Any, raw: Any, addr: Any) -> None:
+        """From the first byte to the last of a connection, in a greenlet of its own."""
+        try:
+            with self._connections.opened(addr[0]):
+                self.handle(listener, raw, addr)
+        except Busy as error:
+            self._refuse(raw, error)
+
+    def _refuse(self, raw: Any, error: Busy) -> None:
+        client = ClientSocket(raw, self._patience)
+        self._refusing += 1
+        try:
+            if self._refusing > _REFUSED_AT_ONCE:
+                client.hurry()
+            self.handle_error(None, client, None, error)
+            client.close()
+        finally:
+            self._refusing -= 1
 
     def _notify_forever(self) -> None:
         while True:
@@ -155,6 +193,28 @@ class Worker(GeventWorker):  # type: ignore[misc]
         models = "1 model" if count == 1 else f"{count} models"
         print(f"rustllama {__version__} is ready at {self.app.url} with {models} registered.")
         print("Try: rustllama run", flush=True)
+
+
+def _told(exc: BaseException) -> tuple[int, RustllamaError]:
+    """What a client is told of an exception that no handler saw, with its status."""
+    if isinstance(exc, RustllamaError):
+        return exc.status, exc
+    status = next((code for kind, code in _REFUSALS if isinstance(exc, kind)), 500)
+    if status == 500:
+        return 500, InternalError("Something went wrong in the server: its log says more.")
+    return status, BadRequest("The request is not valid HTTP, or its head is too long.")
+
+
+def _read_out(body: Any) -> None:
+    """Takes what a handler left of the body, or the next request on this connection would begin in it.
+
+    Raises StopIteration, as Gunicorn does where a connection ends, if it does not come well and in time.
+    """
+    try:
+        while body.read(_DRAINED_BYTES):
+            gevent.sleep(0)
+    except (TooSlow, errors.ParseException):
+        raise StopIteration from None
 
 
 def _leave() -> None:

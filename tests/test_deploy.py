@@ -200,6 +200,9 @@ def test_the_site_agrees_with_the_settings() -> None:
     site = (DEPLOY / "nginx.conf").read_text()
     assert f"server 127.0.0.1:{DEFAULT_PORT} " in site
     assert f"client_max_body_size {Settings().max_body // 1024**2}m;" in site
+    assert f"client_header_timeout {Settings().head_timeout:g}s;" in site
+    assert f"client_body_timeout {Settings().body_timeout:g}s;" in site
+    assert f"send_timeout {Settings().write_timeout:g}s;" in site
 
 
 def test_the_unit_waits_longer_than_answers_may_take_to_drain() -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 # A module belongs to the layer of its longest prefix here.
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "origin", "settings", "core", "keys"), "words"),
-    **dict.fromkeys(("gguf", "templates", "registry", "probe"), "leaves"),
+    **dict.fromkeys(("gguf", "templates", "registry", "probe", "addresses"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
@@ -24,6 +24,7 @@ LAYERS = {
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),
     **dict.fromkeys(("bench", "demo", "probe_child", "serve", "worker", "tls", "gunicorn_conf"), "tools"),
+    **dict.fromkeys(("connections", "client_socket"), "tools"),
 }
 MAY_IMPORT = {
     "words": {"words"},

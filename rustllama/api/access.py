@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from werkzeug.wsgi import ClosingIterator
 
+from rustllama.addresses import is_local
 from rustllama.core import Usage
 from rustllama.engine.tally import Ended, Tally
 from rustllama.errors import RustllamaError
@@ -35,6 +36,7 @@ class Call:
     id: str
     method: str
     path: str
+    client: str = ""  # its address, where that is another machine's
     started_ns: int = field(default_factory=time.monotonic_ns)
     status: int = 0
     outcome: str = "ok"  # see `tally.Ended`
@@ -56,6 +58,8 @@ class Call:
         words = [f"{self.id} {self.method} {quote(self.path)} {self.status} {self.elapsed_ns / 1e6:.1f}ms"]
         if self.key is not None:
             words.append(f"key={self.key.name}")
+        if self.client:
+            words.append(f"client={self.client}")
         if self.model:
             words.append(f"model={self.model}")
         if self.usage is not None:
@@ -86,7 +90,7 @@ class AccessLog:
         self._tally = tally
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        call = Call(_id(environ), environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""))
+        call = Call(_id(environ), environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), _client(environ))
         environ[_KEY] = call
 
         def start(
@@ -104,6 +108,11 @@ class AccessLog:
             call.release()
         self._tally.requests[Ended(call.model, call.status, call.outcome)] += 1
         _LOG.info(call.line())
+
+
+def _client(environ: WSGIEnvironment) -> str:
+    address = environ.get("REMOTE_ADDR", "")
+    return "" if is_local(address) else address
 
 
 def _id(environ: WSGIEnvironment) -> str:

@@ -39,6 +39,11 @@ def openai_shape(error: RustllamaError, text: str) -> dict[str, object]:
     return {"error": {"message": text, "type": kind, "param": field, "code": error.code}}
 
 
+def plain_failure(error: RustllamaError, path: str) -> bytes:
+    """The JSON of an error that is met before there is a Call, ending in a newline."""
+    return msgspec.json.encode(_shape_for(path)(error, str(error))) + b"\n"
+
+
 def encode_failure(error: RustllamaError, call: Call, shape: Shape) -> bytes:
     """The JSON of an error, without a newline. What is our own fault is logged under the request's id."""
     text = str(error)

@@ -1,0 +1,215 @@
+"""What a client may take of a running server: time for heads, bodies and answers, and connections."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.conftest import Server, start_server
+from tests.test_serve import DEADLINE_S, ask, lines, started, stream, until
+from tests.toys import LLAMA, write_toy
+
+LIMIT_S = 0.3
+SHORT = {f"RUSTLLAMA_{name}_TIMEOUT": str(LIMIT_S) for name in ("HEAD", "BODY", "WRITE")}
+CHAT_HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n"
+SIZED, CHUNKED = b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that waits for nobody, with a toy that takes some milliseconds a token."""
+    folder = tmp_path_factory.mktemp("hasty")
+    toy = write_toy(folder / "slow.gguf", LLAMA, width=256, layers=6, heads=8, feed_forward=1024, vocabulary=2048)
+    server = started(folder / "home", toy, **SHORT)
+    yield server
+    assert server.stop() == 0
+
+
+def connect(server: Server, receive_bytes: int = 0) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    if receive_bytes:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    client.settimeout(DEADLINE_S)
+    client.connect((host, int(port)))
+    return client
+
+
+def answer(client: socket.socket) -> tuple[bytes, bytes]:
+    """Head and body of what comes until the server closes."""
+    head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+    return head, body
+
+
+def trickle(client: socket.socket, piece: bytes) -> tuple[bytes, bytes]:
+    """Sends `piece` again and again, until there is an answer."""
+
+    def answered() -> bool:
+        client.sendall(piece)
+        return bool(select.select([client], [], [], LIMIT_S / 10)[0])
+
+    until(answered)
+    return answer(client)
+
+
+def healthy(server: Server, **headers: str) -> bool:
+    return requests.get(server.url + "/health", headers=headers, timeout=DEADLINE_S).ok
+
+
+def be_healthy(client: socket.socket) -> None:
+    """Asks for /health on a connection that stays open, and reads the answer."""
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    read = client.makefile("rb", 0)
+    assert read.readline() == b"HTTP/1.1 200 OK\r\n"
+    for line in iter(read.readline, b'{"status":"ok"}\n'):
+        assert line
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_head_that_trickles_is_cut_with_a_408(hasty: Server, first: bool) -> None:
+    with connect(hasty) as client:
+        if not first:
+            be_healthy(client)
+        client.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        head, body = trickle(client, b"x")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert "RUSTLLAMA_HEAD_TIMEOUT" in json.loads(body)["error"]
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(hasty: Server) -> None:
+    with connect(hasty) as client:
+        assert client.recv(1) == b""
+
+
+def test_a_connection_may_rest_between_requests(hasty: Server) -> None:
+    with connect(hasty) as client:
+        be_healthy(client)
+        for _ in range(2):
+            assert select.select([client], [], [], 2 * LIMIT_S)[0] == []
+            be_healthy(client)
+
+
+@pytest.mark.parametrize(("framing", "piece"), [(SIZED, b""), (SIZED, b" "), (CHUNKED, b""), (CHUNKED, b"1\r\n \r\n")])
+def test_a_body_that_trickles_or_never_comes_is_cut_with_a_408(hasty: Server, framing: bytes, piece: bytes) -> None:
+    with connect(hasty) as client:
+        client.sendall(CHAT_HEAD + framing + piece)
+        head, body = trickle(client, piece)
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"Connection: close" in head
+    assert "RUSTLLAMA_BODY_TIMEOUT" in json.loads(body)["error"]
+
+
+def test_a_slow_body_is_refused_in_its_own_dialect(hasty: Server) -> None:
+    with connect(hasty) as client:
+        client.sendall(CHAT_HEAD.replace(b"/api/chat", b"/v1/chat/completions") + SIZED)
+        assert json.loads(answer(client)[1])["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("framing", [SIZED, CHUNKED])
+def test_a_body_that_nobody_wants_is_not_waited_for_either(hasty: Server, framing: bytes) -> None:
+    with connect(hasty) as client:
+        client.sendall(CHAT_HEAD.replace(b"/api/chat", b"/api/nothing") + framing)
+        head, body = answer(client)
+    assert head.startswith(b"HTTP/1.1 404 ")
+    assert body.count(b"\n") == 1
+
+
+def test_slow_clients_are_in_nobodys_way(hasty: Server) -> None:
+    clients = [connect(hasty) for _ in range(60)]
+    for number, client in enumerate(clients):
+        client.sendall(CHAT_HEAD + (SIZED, CHUNKED, b"")[number % 3])
+    assert ask(hasty, 3).json()["eval_count"] == 3
+    assert {answer(client)[0][:12] for client in clients} == {b"HTTP/1.1 408"}
+    for client in clients:
+        client.close()
+
+
+def test_an_answer_may_take_longer_than_any_of_these_limits(hasty: Server) -> None:
+    whole = ask(hasty, 300).json()
+    assert whole["total_duration"] > LIMIT_S * 1e9
+    assert whole["eval_count"] == lines(stream(hasty, 300))[-1]["eval_count"] == 300
+
+
+def test_a_client_that_stops_reading_loses_its_answer_and_its_connection(hasty: Server) -> None:
+    fields = {"model": "toy", "prompt": "hello", "raw": True, "stream": True, "options": {"num_predict": 2000}}
+    body = json.dumps(fields).encode()
+    with connect(hasty, receive_bytes=4096) as client:
+        head = (
+            b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: idle-reader\r\nContent-Length: %d\r\n\r\n"
+        )
+        client.sendall(head % len(body) + body)
+        until(lambda: "idle-reader POST /api/generate 499" in hasty.log.read_text())
+        with pytest.raises(ConnectionResetError):
+            answer(client)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Server]:
+    """A server for few, which believes the proxies of this machine."""
+    limits = {"RUSTLLAMA_MAX_CONNECTIONS": "4", "RUSTLLAMA_MAX_CONNECTIONS_PER_CLIENT": "2"}
+    server = start_server(tmp_path / "home", environ={**limits, "RUSTLLAMA_PROXIES": "127.0.0.1"})
+    yield server
+    assert server.stop() == 0
+
+
+def test_a_connection_too_many_is_told_so_at_once(small: Server) -> None:
+    clients = [connect(small) for _ in range(4)]
+    with connect(small) as surplus:
+        head, body = answer(surplus)
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: 2\r\n" in head
+    assert "RUSTLLAMA_MAX_CONNECTIONS " in json.loads(body)["error"]
+    for client in clients:
+        client.close()
+    until(lambda: healthy(small))
+
+
+def test_many_that_are_refused_do_not_keep_others_from_being_refused(small: Server) -> None:
+    clients = [connect(small) for _ in range(300)]
+    ready = sum(bool(select.select([client], [], [], DEADLINE_S)[0]) for client in clients[4:])
+    assert ready == 296
+    for client in clients:
+        client.close()
+    until(lambda: healthy(small))
+
+
+def test_a_client_behind_a_proxy_has_a_limit_of_its_own(small: Server) -> None:
+    asking = [connect(small) for _ in range(2)]
+    for client in asking:
+        client.sendall(CHAT_HEAD + b"X-Forwarded-For: 192.0.2.1, 203.0.113.7\r\n" + SIZED)
+    until(lambda: not healthy(small, **{"X-Forwarded-For": "203.0.113.7"}))
+    assert healthy(small, **{"X-Forwarded-For": "203.0.113.7, 192.0.2.1"})
+    assert healthy(small)
+    for client in asking:
+        client.close()
+    until(lambda: healthy(small, **{"X-Forwarded-For": "203.0.113.7"}))
+    until(lambda: "GET /health 200" in small.log.read_text() and " client=203.0.113.7" in small.log.read_text())
+
+
+def test_a_stranger_is_not_believed_whom_he_asks_for(server: Server) -> None:
+    headers = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https", "X-Request-Id": "stranger"}
+    assert healthy(server, **headers)
+    until(lambda: "stranger GET /health 200" in server.log.read_text())
+    assert "client=" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(5000, 5000, 4096), (300, 5000, 4096), (300, 1256, 1000)])
+def test_there_are_as_many_connections_as_files_may_be_open(soft: int, hard: int, expected: int) -> None:
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "from rustllama.connections import affordable\n"
+        "print(affordable(4096), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    most, limit = map(int, done.stdout.split())
+    assert most == expected
+    assert limit >= most + 256
+    assert ("raise that limit" in done.stderr) is (most < 4096)
