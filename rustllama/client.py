@@ -13,6 +13,7 @@ import requests
 import urllib3
 
 from rustllama.errors import (
+    AnswerLost,
     Forbidden,
     RustllamaError,
     ServerUnreachable,
@@ -208,7 +209,8 @@ class Client:
     ) -> Generator[Reply, None, None]:
         """The lines of a streamed answer as they come, the last with `done`.
 
-        Closing the generator closes the connection, which ends the server's work. A stream that breaks off raises.
+        Closing the generator closes the connection, which ends the server's work. A stream that breaks off raises
+        AnswerLost.
         """
         body = {"model": model, "messages": messages, "options": options or {}, "stream": True, "progress": True}
         with self._request("POST", "/api/chat", body, read_timeout_s=None) as response, self._translated():
@@ -284,8 +286,10 @@ class Client:
     def _stranger(self, answer: str) -> RustllamaError:
         return RustllamaError(f"{self.url} answered with {answer}: is it a rustllama server? RUSTLLAMA_HOST names it.")
 
-    def _broken(self) -> RustllamaError:
-        return RustllamaError(f"The connection to {self.url} broke before the answer was complete: try again.")
+    def _broken(self) -> AnswerLost:
+        return AnswerLost(
+            f"The connection to {self.url} broke before the answer was complete, as when the server crashed: try again."
+        )
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

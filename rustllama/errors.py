@@ -19,10 +19,12 @@ RustllamaError
 ├── Unavailable              503  unavailable              worth another try
 │   ├── Busy                 503  busy
 │   ├── Draining             503  draining
-│   └── OutOfMemory          503  out_of_memory
+│   ├── OutOfMemory          503  out_of_memory
+│   └── Quarantined          503  quarantined              the model killed workers: not loaded for a while
 ├── DiskFull                 507  disk_full
 ├── SettingError             –    bad_setting              stops the start: exit status 2
-└── ServerUnreachable        –    unreachable              the console found no server: exit status 1
+├── ServerUnreachable        –    unreachable              the console found no server: exit status 1
+└── AnswerLost               –    answer_lost              the console's connection broke in an answer
 """
 
 import errno
@@ -137,6 +139,14 @@ class OutOfMemory(Unavailable):
     retry_after_s = 30
 
 
+class Quarantined(Unavailable):
+    code = "quarantined"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class DiskFull(RustllamaError):
     status = 507
     code = "disk_full"
@@ -148,3 +158,7 @@ class SettingError(RustllamaError):
 
 class ServerUnreachable(RustllamaError):
     code = "unreachable"
+
+
+class AnswerLost(RustllamaError):
+    code = "answer_lost"

@@ -114,11 +114,19 @@ def test_a_load_is_told_in_the_same_place(fake: StandIn, chat: Terminal) -> None
     chat.wait_for(PROMPT)
 
 
-def test_an_answer_that_breaks_off_is_told_and_the_chat_goes_on(fake: StandIn, chat: Terminal) -> None:
-    fake.says(line("Hel"), BREAK)
+@pytest.mark.parametrize("end", [(BREAK,), ()], ids=["broken", "without its last line"])
+def test_an_answer_that_is_lost_is_told_and_can_be_asked_for_again(
+    fake: StandIn, chat: Terminal, end: tuple[bytes, ...]
+) -> None:
+    ask(chat, "first")
+    fake.says(line("Hel"), *end)
     assert "broke before the answer" in ask(chat, "hello")
     fake.says(line("Fine."), last_line())
-    assert "Fine." in ask(chat, "again")
+    chat.type(UP)
+    chat.wait_for("hello")
+    chat.type("\r")
+    assert "Fine." in chat.wait_for(PROMPT)
+    assert said(fake)[2] == [("user", "first"), ("assistant", "Hello there."), ("user", "hello")]
 
 
 def test_escape_codes_of_a_model_do_nothing(fake: StandIn, chat: Terminal) -> None:

@@ -16,7 +16,7 @@ from rustllama.cli.pick import pick_model
 from rustllama.cli.render import answer_on, note
 from rustllama.cli.waiting import Waiting
 from rustllama.client import Client, Message, Reply
-from rustllama.errors import RustllamaError
+from rustllama.errors import AnswerLost, RustllamaError
 
 
 @dataclass(slots=True)
@@ -35,11 +35,17 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
 
     def ask(self, text: str) -> None:
-        """Shows the answer to `text`. What was said of it stays in the conversation, also where it breaks off."""
+        """Shows the answer to `text`. What was said of it stays in the conversation, also where it is stopped.
+
+        An answer that the server lost leaves nothing there, not even the question: it can be asked again.
+        """
         self.messages.append(Message("user", text))
         said: list[str] = []
         try:
             self._answer(said)
+        except AnswerLost:
+            said.clear()
+            raise
         finally:
             if said:
                 self.messages.append(Message("assistant", "".join(said)))
