@@ -12,6 +12,7 @@ import pytest
 
 from rustllama.api.details import parameter_size, tagged
 from rustllama.bridge import Event, spawn
+from rustllama.verdicts import Verdicts
 from tests.fakes import House, build_house, fake_record, lines, ok, refused
 from tests.toys import CHATML, write_toy
 
@@ -91,6 +92,15 @@ def test_a_file_that_is_no_model_is_refused_with_its_absolute_path(
     assert str(path) in sentence
     assert words in sentence
     assert names(house) == ["toy"]
+
+
+def test_a_file_is_proved_once_for_each_state_of_it(house: House, tmp_path: Path, gguf_file: Path) -> None:
+    shutil.copy(gguf_file, path := tmp_path / "own.gguf")
+    ok(house.post("/api/create", name="a", modelpath=str(path)))
+    impatient = build_house(tmp_path, probe_timeout=1e-6)
+    ok(impatient.post("/api/create", name="b", modelpath=str(path)))
+    os.utime(path)
+    assert "in time" in create_failure(impatient, name="b", modelpath=str(path))
 
 
 def test_a_folder_is_refused(house: House, tmp_path: Path) -> None:
@@ -240,6 +250,19 @@ def test_a_file_that_was_replaced_is_examined_and_loaded_again(house: House, tmp
     assert old.closed
     assert house.engines.last.record.info.vocabulary_size == 512
     assert house.registry.get("toy").digest == house.engines.last.record.digest
+
+
+def test_a_model_in_quarantine_is_refused_until_it_is_created_again(house: House, gguf_file: Path) -> None:
+    ok(house.post("/api/create", name="m", modelpath=str(gguf_file)))
+    record = house.registry.get("m")
+    for _ in range(2):
+        Verdicts(house.registry).blame(record.digest, record.identity, "SIGABRT")
+    assert "is in quarantine until" in refused(house.chat("Hi", model="m"), 503)
+    answer = house.complete("Hi", model="m")
+    assert (answer.get_json()["error"]["code"], answer.headers["Retry-After"]) == ("quarantined", "600")
+    ok(house.chat("Hi"))
+    ok(house.post("/api/create", name="other", modelpath=str(gguf_file)))
+    ok(house.chat("Hi", model="m"))
 
 
 @pytest.mark.parametrize(

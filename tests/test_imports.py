@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 # A module belongs to the layer of its longest prefix here.
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "origin", "settings", "core", "keys"), "words"),
-    **dict.fromkeys(("gguf", "templates", "registry", "probe", "addresses"), "leaves"),
+    **dict.fromkeys(("gguf", "templates", "registry", "probe", "addresses", "verdicts"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),
-    **dict.fromkeys(("bench", "demo", "probe_child", "serve", "worker", "tls", "gunicorn_conf"), "tools"),
+    **dict.fromkeys(("bench", "demo", "probe_child", "serve", "deaths", "worker", "tls", "gunicorn_conf"), "tools"),
     **dict.fromkeys(("connections", "client_socket"), "tools"),
 }
 MAY_IMPORT = {
@@ -38,6 +38,7 @@ MAY_IMPORT = {
 }
 ALSO = {
     ("registry", "gguf"),  # a record is made of what the header says
+    ("verdicts", "registry"),  # they lie among its facts
     ("cli.key", "registry"),  # keys are made on the database itself
 }
 DOORS = {

@@ -16,6 +16,7 @@ from rustllama.errors import ModelNotFound
 from rustllama.probe import prove
 from rustllama.registry import Registry, examine
 from rustllama.settings import Settings
+from rustllama.verdicts import Verdicts
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ class Catalog:
 
     def __init__(self, settings: Settings, registry: Registry, manager: EngineManager) -> None:
         self._registry = registry
+        self._verdicts = Verdicts(registry)
         self._manager = manager
         self._probe_timeout_s = settings.probe_timeout
         self._examining = RLock()
@@ -96,8 +98,14 @@ class Catalog:
         """Returns the record that had the name before."""
         record = offload(examine, name, path)
         with self._proving:
-            offload(prove, path, timeout_s=self._probe_timeout_s)
+            offload(self._prove, record)
         return offload(self._put, record)
+
+    def _prove(self, record: ModelRecord) -> None:
+        """Once, for each state of the file; and again when it killed a worker since."""
+        if not self._verdicts.is_proved(record):
+            prove(Path(record.path), timeout_s=self._probe_timeout_s)
+            self._verdicts.prove(record)
 
     def _put(self, record: ModelRecord) -> ModelRecord | None:
         try:

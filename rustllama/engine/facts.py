@@ -8,8 +8,10 @@ from typing import TypeVar
 import msgspec
 
 from rustllama import bridge
+from rustllama.core import ModelRecord
 from rustllama.errors import RustllamaError
 from rustllama.registry import Registry
+from rustllama.verdicts import Verdicts
 
 T = TypeVar("T")
 _log = logging.getLogger("rustllama.engine")
@@ -21,6 +23,11 @@ class Facts:
     def __init__(self, registry: Registry | None = None) -> None:
         """Without a registry nothing is remembered."""
         self._registry = registry
+
+    def check(self, record: ModelRecord) -> None:
+        """Raises Quarantined where it killed workers; see `verdicts`."""
+        if self._registry is not None:
+            bridge.offload(Verdicts(self._registry).check, record)
 
     def get(self, digest: str, name: str, kind: type[T]) -> T | None:
         """The fact, when it is known and a `kind`, like `int` or a dataclass."""

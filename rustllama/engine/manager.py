@@ -74,7 +74,7 @@ class EngineManager:
         num_ctx: int | None = None,
         keep_alive_s: float | None = None,
     ) -> Lease:
-        """Loads the model if need be. Raises Draining, OutOfMemory, BadModelFile.
+        """Loads the model if need be. Raises Draining, OutOfMemory, BadModelFile, Quarantined.
 
         `num_ctx` None is the usual context; more than the model was trained for becomes that, with a warning.
         """
@@ -183,6 +183,7 @@ class EngineManager:
 
     def _make(self, entry: Entry) -> Engine:
         record = entry.record
+        self._facts.check(record)
         slots_before = self._facts.get(record.digest, _SLOTS, dict[int, int]) or {}
         entry.plan = plan = self._make_room(record.info, slots_before)
         _log.info("loading %s: %s", record.name, plan)
