@@ -16,6 +16,7 @@ from rustllama.api.models import Models
 from rustllama.api.ollama import Ollama
 from rustllama.api.openai import OpenAI
 from rustllama.api.openapi import OpenAPI
+from rustllama.engine.black_box import BlackBox
 from rustllama.engine.facts import Facts
 from rustllama.engine.manager import EngineFactory, EngineManager
 from rustllama.registry import Registry
@@ -23,18 +24,23 @@ from rustllama.settings import Settings
 
 
 def create_app(
-    settings: Settings, *, registry: Registry | None = None, engine_factory: EngineFactory | None = None
+    settings: Settings,
+    *,
+    registry: Registry | None = None,
+    engine_factory: EngineFactory | None = None,
+    black_box: BlackBox | None = None,
 ) -> Flask:
     """The application of one process, with its engine manager in `extensions["rustllama"]`.
 
-    Called in the process that serves. Raises SettingError where the registry cannot be opened.
+    Called in the process that serves. `black_box` is read by who watches over it. Raises SettingError where the
+    registry cannot be opened.
     """
     registry = registry or Registry(settings.database_path)
     facts = Facts(registry)
     if engine_factory is None:
         from rustllama.engine.engine import LlamaEngines  # llama.cpp: only where no other engine is given
 
-        engine_factory = LlamaEngines(settings, facts)
+        engine_factory = LlamaEngines(settings, facts, black_box)
     manager = EngineManager(settings, engine_factory, facts)
     catalog = Catalog(settings, registry, manager)
     answers = Answers(catalog, manager, engine_factory.tally, reproducible=settings.reproducible)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
 from rustllama.engine import memory
+from rustllama.engine.black_box import BlackBox, Witness
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.disk_store import DiskStore
 from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
-from rustllama.engine.native import BUILD, Model, gpu_layers
+from rustllama.engine.native import BUILD, Model, gpu_layers, listen
 from rustllama.engine.prefix_store import PrefixStore, StoreState
 from rustllama.engine.recall import Recall
 from rustllama.engine.scheduler import Scheduler
@@ -43,6 +45,7 @@ class Shared:
     store: PrefixStore
     disk: DiskStore
     tally: Tally
+    box: BlackBox
 
 
 class LlamaEngines:
@@ -50,11 +53,13 @@ class LlamaEngines:
     turns in it.
     """
 
-    def __init__(self, settings: Settings, facts: Facts | None = None) -> None:
+    def __init__(self, settings: Settings, facts: Facts | None = None, box: BlackBox | None = None) -> None:
         store = PrefixStore(memory.prompt_cache_bytes(settings))
         disk = DiskStore(StateFolder(settings.prompts_path, settings.prompt_cache_disk, BUILD), store)
         self.tally = Tally()
-        self._shared = Shared(settings, facts or Facts(), bridge.NativeThreads(1), Turns(), store, disk, self.tally)
+        native, box = bridge.NativeThreads(1), box or BlackBox()
+        self._shared = Shared(settings, facts or Facts(), native, Turns(), store, disk, self.tally, box)
+        listen(box.say)
 
     @property
     def prompt_cache_bytes(self) -> int:
@@ -102,13 +107,15 @@ class LlamaEngine:
         wanted = settings.num_gpu if options.num_gpu is None else options.num_gpu
         self._num_gpu = gpu_layers(record.info, wanted)
         use_mmap = settings.use_mmap if options.use_mmap is None else options.use_mmap
-        self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap, tell=tell)
         self._lanes: list[Lane] = []  # the usual one first
-        try:
+        self._witness = Witness(shared.box, record)
+        with ExitStack() as undo:
+            undo.callback(self._witness.close)
+            self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap, tell=tell)
+            undo.callback(self._model.close)
             self._lanes.append(self._open(plan.n_ctx, plan.n_slots))
-        finally:
-            if not self._lanes:
-                self._model.close()
+            undo.pop_all()
+        self._witness.loaded()
 
     def tokenize(
         self, spans: tuple[Span, ...], *, add_special: bool, as_written: bool = True, owner: str = ""
@@ -133,7 +140,7 @@ class LlamaEngine:
             self._check_shift(request)
         lane = self._lane_for(request.num_ctx)
         assert lane is not None, "a request is larger than every slot: reserve() comes first"
-        return lane.submit(request, self._tally)
+        return lane.submit(request, self._tally, self._settings.request_timeout)
 
     def _check_shift(self, request: GenerateRequest) -> None:
         if not can_shift(self._info) or not self._lanes[0].can_shift:
@@ -165,6 +172,7 @@ class LlamaEngine:
         for lane in self._lanes:
             lane.close()
         bridge.offload(self._model.close)
+        self._witness.close()
         bridge.spawn(lambda: self._shared.disk.flush(self._digest))
 
     def check_integrity(self) -> None:
@@ -181,8 +189,7 @@ class LlamaEngine:
         settings, sharing = self._settings, Sharing(self._shelf(shape))
         cost = self._decode_cost(shape)
         scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)
-        timeout_s = settings.request_timeout
-        return Lane(self._model, context, shape, scheduler, self._shared.native, self._share, timeout_s)
+        return Lane(self._model, context, shape, scheduler, self._shared.native, self._share, self._witness)
 
     def _decode_cost(self, lane: LaneShape) -> DecodeCost:
         """Begins with what was measured before, by the same build on the same machine."""

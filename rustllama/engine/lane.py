@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rustllama import bridge
 from rustllama.core import Delta, GenerateRequest, Progress, Queued
+from rustllama.engine.black_box import Witness
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
 from rustllama.engine.runner import Deltas, Runner
@@ -50,9 +51,8 @@ class Lane:
         scheduler: Scheduler,
         native: bridge.NativeThreads,
         share: Share,
-        timeout_s: float,
+        witness: Witness,
     ):
-        """`timeout_s` is how long a request may take."""
         self.shape = shape
         self.idle_since_s = time.monotonic()
         self._native = native
@@ -63,7 +63,7 @@ class Lane:
         self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
         self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
         self._scheduler = scheduler
-        self._timeout_s = timeout_s
+        self._witness = witness
         self._work = bridge.Event()
         self._stopped = bridge.Event()
         self._closing = False
@@ -108,14 +108,14 @@ class Lane:
         """Sequences that are over, and whose state is still to be saved and cleared."""
         return self._scheduler.ended
 
-    def submit(self, request: GenerateRequest, tally: ModelTally) -> LaneStream:
-        """Raises Busy."""
+    def submit(self, request: GenerateRequest, tally: ModelTally, timeout_s: float) -> LaneStream:
+        """`timeout_s` is how long it may take, 0: for ever. Raises Busy."""
         mailbox: bridge.Mailbox[Delta] = bridge.Mailbox()
         sequence = Sequence(request, mailbox, time.perf_counter_ns(), tally=tally)
         self._scheduler.add(sequence)
         self._wake()
-        limited = 0 < self._timeout_s < FOREVER
-        timer = bridge.Timer(self._timeout_s, lambda: self._expire(sequence)) if limited else None
+        limited = 0 < timeout_s < FOREVER
+        timer = bridge.Timer(timeout_s, lambda: self._expire(sequence)) if limited else None
         return LaneStream(self, sequence, mailbox, timer)
 
     def progress(self, sequence: Sequence) -> Progress | None:
@@ -198,7 +198,9 @@ class Lane:
             bridge.spawn(functools.partial(self._fetch, fetches.pop()))
         if batch is None:
             self._work.clear()
+            self._witness.rests()
             return False
+        self._witness.works_for(self._scheduler.slots)
         self._scheduler.apply(self._native.call(self._runner.run, batch))
         return True
 

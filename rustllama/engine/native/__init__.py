@@ -4,8 +4,8 @@ Not one of these functions may be called in the hub, and a Context only by one t
 """
 
 from rustllama.engine.native.context import Aborted, Context
-from rustllama.engine.native.library import BUILD, gpu_layers, has_gpu
+from rustllama.engine.native.library import BUILD, gpu_layers, has_gpu, listen
 from rustllama.engine.native.model import Model
 from rustllama.engine.native.sampler import Sampler
 
-__all__ = ["BUILD", "Aborted", "Context", "Model", "Sampler", "gpu_layers", "has_gpu"]
+__all__ = ["BUILD", "Aborted", "Context", "Model", "Sampler", "gpu_layers", "has_gpu", "listen"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections import deque
+from collections.abc import Callable
 
 import llama_cpp
 from llama_cpp import _ggml
@@ -16,6 +18,7 @@ _GPU_WEIGHTS_PERCENT = 80  # of a GPU's free memory; the rest is for the KV cach
 _WARNING_LEVEL = 3  # enum ggml_log_level: 3 is WARN, 4 is ERROR
 _log = logging.getLogger("rustllama.native")
 _last_words: deque[str] = deque(maxlen=8)
+_listeners: list[Callable[[str], None]] = []
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -24,6 +27,19 @@ def _keep_log(level: int, text: bytes, _data: object) -> None:
     if level in (_WARNING_LEVEL, _WARNING_LEVEL + 1) and line:
         _last_words.append(line)
         _log.debug("%s", line)
+        _tell(line)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
+def _keep_abort(text: bytes) -> None:
+    """In whatever thread; the process ends when it returns (ggml_abort)."""
+    os.write(2, text + b"\n")  # as llama.cpp does where nobody listens
+    _tell(text.decode("utf-8", "replace"))
+
+
+def _tell(line: str) -> None:
+    for listener in _listeners:
+        listener(line)
 
 
 llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
@@ -37,6 +53,12 @@ def _build() -> str:
 
 
 BUILD = _build()  # which llama.cpp this is: no other one reads the states that it saves
+
+
+def listen(listener: Callable[[str], None]) -> None:
+    """From now on this one hears what llama.cpp complains of, in any thread; it may be the last it does."""
+    _listeners[:] = [listener]
+    _ggml.libggml.ggml_set_abort_callback(_keep_abort)
 
 
 def forget_words() -> None:
