@@ -9,20 +9,27 @@ import os
 import select
 import socket
 import sys
+from contextlib import suppress
 
 import flask
 from gevent.ssl import SSLContext
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
 from gunicorn.sock import TCP6Socket, TCPSocket
 
 from rustllama import tls
 from rustllama.api import create_app
+from rustllama.deaths import Death, Restarts
+from rustllama.engine.black_box import BlackBox
 from rustllama.errors import RustllamaError, SettingError
 from rustllama.registry import Registry
 from rustllama.settings import Settings
+from rustllama.verdicts import Verdicts
+from rustllama.worker import Worker
 
 _BACKLOG = 2048
+_log = logging.getLogger("rustllama.serve")
 
 
 def main(settings: Settings) -> None:
@@ -52,6 +59,8 @@ class _Application(BaseApplication):  # type: ignore[misc]
         self.registry = registry
         self.listeners = listeners
         self.tls = context
+        self.black_box: BlackBox | None = None  # a worker's own, in the worker
+        self.announcer = 1  # the worker, by its age, that tells that it serves
         self.url = _url(settings, listeners[0].getsockname()[1])
         super().__init__()
 
@@ -62,15 +71,21 @@ class _Application(BaseApplication):  # type: ignore[misc]
                 self.cfg.set(name, getattr(config, name))
 
     def load(self) -> flask.Flask:
-        return create_app(self.settings, registry=self.registry)
+        return create_app(self.settings, registry=self.registry, black_box=self.black_box)
 
 
 class _Master(Arbiter):  # type: ignore[misc]
-    """Gunicorn's master, with Ctrl+C as a graceful stop; a second one while it stops ends at once."""
+    """Gunicorn's master, with Ctrl+C as a graceful stop; a second one while it stops ends at once.
+
+    It tells what its workers died of, and against which models that counts.
+    """
 
     def __init__(self, application: _Application) -> None:
         super().__init__(application)
         self._stop_on_eof = application.settings.stop_on_eof
+        self._registry = application.registry
+        self._verdicts = Verdicts(application.registry)
+        self._restarts = Restarts(application.settings.workers)
         self.LISTENERS = [_adopt(listener, self) for listener in application.listeners]
 
     def handle_int(self) -> None:
@@ -80,6 +95,41 @@ class _Master(Arbiter):  # type: ignore[misc]
         super().murder_workers()
         if self._stop_on_eof and _at_eof(sys.stdin.fileno()):
             raise StopIteration
+
+    def manage_workers(self) -> None:
+        if self._restarts.hopeless:
+            raise HaltServer("no worker could start; the lines above say why", self.WORKER_BOOT_ERROR)
+        if self._restarts.allowed:
+            super().manage_workers()
+
+    def reap_workers(self) -> None:
+        """As Gunicorn does, but with all that a death leaves to be read; and none ends a server that has served."""
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                if pid == self.reexec_pid:
+                    self.reexec_pid: int = 0
+                elif worker := self.WORKERS.pop(pid, None):  # else an orphan, where this is process 1
+                    self._ended(worker, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, worker: Worker, code: int) -> None:
+        worker.tmp.close()
+        death = Death(worker.pid, code, worker.black_box.read(), impatience=worker.aborted)
+        self._restarts.ended(code, ready=death.evidence.ready)
+        if worker.age == self.app.announcer and not death.evidence.ready:
+            self.app.announcer = self.worker_age + 1
+        if code:
+            _log.error("%s", death)
+        try:
+            for mark in death.guilty:
+                if self._verdicts.blame(mark.digest, mark.identity, death.cause):
+                    _log.error('model "%s" is in quarantine now', mark.model)
+        except RustllamaError as error:
+            _log.error("a death could not be counted: %s", error)
+        finally:
+            self._registry.close()  # a connection must not cross the fork of a worker
 
 
 def _adopt(listener: socket.socket, master: Arbiter) -> TCPSocket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import logging
 import os
@@ -27,6 +28,7 @@ from rustllama.addresses import Proxies
 from rustllama.api.failures import plain_failure
 from rustllama.client_socket import ClientSocket, Patience
 from rustllama.connections import Connections, affordable
+from rustllama.engine.black_box import BlackBox
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadRequest, Busy, InternalError, RustllamaError, TooSlow
 
@@ -49,6 +51,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.black_box = BlackBox()  # made by the master, before the fork
         self._requests = 0
         self._leaving = Event()
         self._serving = False
@@ -71,6 +74,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def init_signals(self) -> None:
         super().init_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl+C reaches the whole process group
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)  # the master tells by it what happened
+        faulthandler.enable(all_threads=False)
+
+    def load_wsgi(self) -> None:
+        self.app.black_box = self.black_box
+        super().load_wsgi()
 
     def run(self) -> None:
         """Serves until SIGTERM, then drains and leaves."""
@@ -78,7 +87,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
         gevent.spawn(self._notify_forever)
         self._preload()
         servers = [self._listen(listener) for listener in self.sockets]
-        if self.age == 1:
+        self.black_box.ready()
+        if self.age == self.app.announcer:
             self._announce()
         while self.alive:
             self._leaving.wait(_NOTIFY_S)
