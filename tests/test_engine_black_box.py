@@ -63,8 +63,8 @@ def test_a_process_that_serves_says_so(box: BlackBox) -> None:
 def test_the_requests_that_run_are_told_until_nothing_is_to_do(box: BlackBox) -> None:
     witness = Witness(box, record_named("toy"))
     a, b = sequence("a"), sequence("b")
-    for slots, ids in (([a, None, b], ["a", "b"]), ([a, None, b], ["a", "b"]), ([None, None, b], ["b"])):
-        witness.works_for(list(slots))
+    for running, ids in (([a, b], ["a", "b"]), ([a, b], ["a", "b"]), ([b], ["b"])):
+        witness.works_for(running)
         assert requests(box) == ids
     witness.rests()
     assert requests(box) is None
@@ -91,14 +91,14 @@ def test_last_words_are_of_the_requests_that_run(box: BlackBox) -> None:
 
 
 def test_a_model_is_marked_until_its_first_token(box: BlackBox) -> None:
-    witness, slots = Witness(box, record_named("toy")), [sequence("a")]
+    witness, running = Witness(box, record_named("toy")), [sequence("a")]
     mark = Mark("toy", "0" * 64, FileIdentity(1, 2, 3, 4))
     assert box.read().marks == (mark,)
     witness.loaded()
-    witness.works_for(list(slots))
+    witness.works_for(running)
     witness.rests()
     assert box.read().marks == (Mark(mark.model, mark.digest, mark.identity, loaded=True),)
-    slots[0].first_token_ns = 1
+    running[0].first_token_ns = 1
     witness.rests()
     assert box.read().marks == ()
 

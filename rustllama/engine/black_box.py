@@ -113,11 +113,11 @@ class Witness:
             self._mark = msgspec.structs.replace(self._mark, loaded=True)
             self._box.mark(self, self._mark)
 
-    def works_for(self, slots: list[Sequence | None]) -> None:
-        """Before a step for those who have slots."""
+    def works_for(self, running: list[Sequence]) -> None:
+        """Before a step; nobody may change the list later."""
         self._look_for_a_token()
-        self._running = [sequence for sequence in slots if sequence is not None]
-        self._box.works_for(self._model, self._running)
+        self._running = running
+        self._box.works_for(self._model, running)
 
     def rests(self) -> None:
         """After the last step there is."""

@@ -200,7 +200,7 @@ class Lane:
             self._work.clear()
             self._witness.rests()
             return False
-        self._witness.works_for(self._scheduler.slots)
+        self._witness.works_for(self._scheduler.running)
         self._scheduler.apply(self._native.call(self._runner.run, batch))
         return True
 
