@@ -18,10 +18,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from queue import Empty
 from typing import Any, Generic, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 import gevent
 from gevent.event import Event as Event
 from gevent.lock import RLock as RLock
+from gevent.lock import Semaphore
 from gevent.queue import SimpleQueue
 from gevent.threadpool import ThreadPool
 
@@ -33,6 +35,7 @@ T = TypeVar("T")
 # llama.cpp's tokenizers recurse once per character of a run; 8 MiB is not enough, and unused stack costs nothing.
 NATIVE_STACK_BYTES = 512 * 1024**2
 FILE_THREADS = 8
+HANGING_THREADS = 32
 SAMPLE_S = 0.1
 MOST_UNREAD = 1 << 14  # pieces of an answer, a few megabytes
 BACKGROUND_NICE = 10  # not more: a thread that hardly runs may hold the interpreter's lock
@@ -92,6 +95,56 @@ def _file_threads() -> NativeThreads:
 def offload(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs a blocking function (files, SQLite, templates, tokenizers, loads) in a worker thread."""
     return _file_threads().call(fn, *args, **kwargs)
+
+
+class Bulkhead:
+    """Worker threads for calls that may never return, such as those into a network's file system.
+
+    Who has waited long enough gives up, and the thread stays with its call. The calls of one key get few threads, so
+    that those of others go on. See Nygard, "Release It!".
+    """
+
+    def __init__(self, threads_each: int = 2) -> None:
+        self._threads_each = threads_each
+        self._compartments: WeakValueDictionary[str, _Compartment] = WeakValueDictionary()
+
+    def call(self, key: str, timeout_s: float, fn: Callable[[], T]) -> T:
+        """Returns or raises what `fn` does. Raises TimeoutError, and does so at once while a call of this key hangs."""
+        compartment = self._compartments.get(key)
+        if compartment is None:
+            compartment = self._compartments[key] = _Compartment(self._threads_each)
+        if compartment.hangs or not compartment.free.acquire(timeout=timeout_s):
+            raise TimeoutError
+        work = gevent.spawn(compartment.run, fn)
+        work.join(timeout_s)
+        if not work.ready():
+            compartment.hangs = True
+            raise TimeoutError
+        outcome = work.value
+        assert outcome is not None  # it returned
+        return outcome.get()
+
+
+class _Compartment:
+    """Lives as long as somebody calls."""
+
+    def __init__(self, threads: int) -> None:
+        self.free = Semaphore(threads)
+        self.hangs = False
+
+    def run(self, fn: Callable[[], T]) -> _Outcome[T]:
+        """In a greenlet of its own, as the thread may outlast the caller's patience."""
+        try:
+            outcome: _Outcome[T] = _hanging_threads().apply(_Outcome, (fn,))
+            return outcome
+        finally:
+            self.hangs = False
+            self.free.release()
+
+
+@cache
+def _hanging_threads() -> ThreadPool:
+    return ThreadPool(HANGING_THREADS)  # which start when they are needed
 
 
 @cache

@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import gevent
@@ -70,6 +72,52 @@ print(monkey.saved)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("{}\n", "")
+
+
+def test_what_may_hang_runs_in_a_thread_and_returns_or_raises() -> None:
+    def fail() -> None:
+        raise BadRequest("no")
+
+    bulkhead = bridge.Bulkhead()
+    assert bulkhead.call("key", 60, threading.get_ident) != threading.get_ident()
+    with pytest.raises(BadRequest, match="no"):
+        bulkhead.call("key", 60, fail)
+
+
+def test_who_waits_for_what_hangs_gives_up_and_takes_no_more_threads() -> None:
+    go, begun = threading.Event(), list[int]()
+
+    def hang() -> int:
+        begun.append(1)
+        go.wait()
+        return 7
+
+    bulkhead = bridge.Bulkhead(threads_each=2)
+    callers = [gevent.spawn(bulkhead.call, "a", 0.01, hang) for _ in range(5)]
+    for caller in callers:
+        with pytest.raises(TimeoutError):
+            caller.get()
+    assert len(begun) == 2
+    with pytest.raises(TimeoutError):
+        bulkhead.call("a", 60, hang)  # at once
+    assert bulkhead.call("b", 60, lambda: "goes on") == "goes on"
+    go.set()
+    with gevent.Timeout(5):
+        while not _answers(bulkhead, "a"):
+            gevent.sleep(0.001)
+
+
+def _answers(bulkhead: bridge.Bulkhead, key: str) -> bool:
+    try:
+        return bulkhead.call(key, 60, lambda: True)
+    except TimeoutError:
+        return False
+
+
+def test_many_calls_of_one_key_take_turns() -> None:
+    bulkhead = bridge.Bulkhead(threads_each=1)
+    callers = [gevent.spawn(bulkhead.call, "a", 60, partial(str, number)) for number in range(50)]
+    assert [caller.get() for caller in callers] == [str(number) for number in range(50)]
 
 
 def test_one_thread_serializes_and_knows_who_waits() -> None:
