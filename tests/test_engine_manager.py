@@ -177,6 +177,17 @@ def test_a_model_that_never_fits_is_refused_with_both_figures() -> None:
     assert names(made) == []
 
 
+def test_nobody_waits_or_leaves_for_a_model_that_never_fits() -> None:
+    made = manager(Factory(), use_mmap=False)
+    made.acquire(record("idle")).release()
+    busy = made.acquire(record("busy"))
+    large = replace(record("large"), info=replace(INFO, size_bytes=300 * MIB))
+    with pytest.raises(OutOfMemory, match="the model needs"), gevent.Timeout(5):
+        made.acquire(large)
+    assert sorted(names(made)) == ["busy", "idle"]
+    busy.release()
+
+
 def test_mapped_weights_beyond_the_limit_load_with_a_warning() -> None:
     lease = manager(Factory(), limit_mib=50).acquire(record("a"))
     assert "read from disk again and again" in lease.warnings[0]

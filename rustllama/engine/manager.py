@@ -201,6 +201,9 @@ class EngineManager:
 
     def _make_room(self, info: ModelInfo, slots_before: Mapping[int, int]) -> MemoryPlan:
         """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
+        everything = self._available() + self._used_bytes
+        if memory.plan(info, self._settings, everything, squeeze=True) is None:
+            memory.mapped_plan(info, self._settings, everything)  # nobody leaves for what can never fit: it raises
         while True:
             available = self._available()
             plan = memory.plan(info, self._settings, available, squeeze=False, slots_before=slots_before)
@@ -215,9 +218,12 @@ class EngineManager:
             self._released.wait()
 
     def _available(self) -> int:
-        used = sum(e.engine.state().size_bytes for e in self._entries.values() if e.engine is not None)
-        left = self._limit_bytes - used
+        left = self._limit_bytes - self._used_bytes
         return left if self._settings.memory_limit else min(left, free_memory_bytes())
+
+    @property
+    def _used_bytes(self) -> int:
+        return sum(entry.engine.state().size_bytes for entry in self._entries.values() if entry.engine is not None)
 
     def _evict(self) -> bool:
         idle = [entry for entry in self._entries.values() if entry.idle]
