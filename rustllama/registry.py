@@ -3,15 +3,19 @@
 Every function blocks on a disk: call it in a worker thread. Several threads and processes may share a database; what
 `put` or `delete` acknowledged survives the death of the process and of the machine. The model that the package carries
 is registered as `demo` when the database is made; deleting it sticks.
+
+What can still be read is read: where the disk is full or may not be written, writes fail alone; a database that is
+damaged when it is opened is moved aside, and a new one begins.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -21,16 +25,15 @@ import peewee
 
 from rustllama import gguf
 from rustllama.core import FileIdentity, ModelInfo, ModelRecord
+from rustllama.database import Database
 from rustllama.errors import (
     BadModelFile,
     BadRequest,
-    DiskFull,
     InternalError,
     ModelNotFound,
     NotFound,
     RustllamaError,
     SettingError,
-    Unavailable,
 )
 from rustllama.keys import ApiKey
 
@@ -40,7 +43,6 @@ BUNDLED_MODEL = Path(__file__).parent / "demo" / "demo.gguf"
 _GRAMMAR = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*(:[a-z0-9][a-z0-9._-]*)?", re.IGNORECASE)
 _LONGEST_NAME = 200  # characters
 _MOST_NAMES = 20  # that an error shows
-_PRAGMAS = {"journal_mode": "wal", "synchronous": "full"}
 _MIGRATIONS = (  # the database's user_version is the number of those that ran
     "CREATE TABLE model (canonical TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, modified_at TEXT NOT NULL,"
     " modified_ns INTEGER NOT NULL, digest TEXT NOT NULL, identity TEXT NOT NULL, info TEXT NOT NULL) WITHOUT ROWID",
@@ -52,6 +54,7 @@ _MIGRATIONS = (  # the database's user_version is the number of those that ran
 
 _Records = list[ModelRecord]
 _ApiKeys = list[ApiKey]
+_log = logging.getLogger("rustllama.registry")
 
 
 class _Row(peewee.Model):
@@ -125,8 +128,8 @@ class Registry:
         """Makes the folder and the database where they are missing. Raises SettingError for a place that cannot be."""
         self._path = path
         self._bundled = bundled
-        self._make_private()
-        self._database = peewee.SqliteDatabase(str(path), pragmas=_PRAGMAS, timeout=busy_timeout_s)
+        self._database = Database(path, busy_timeout_s)
+        self._door = self._database.door
         meta = {"database": self._database, "table_name": "model"}
         self._rows: type[_Row] = type("Row", (_Row,), {"Meta": type("Meta", (), meta)})
         meta = {"database": self._database, "table_name": "fact", "primary_key": peewee.CompositeKey("digest", "name")}
@@ -134,7 +137,7 @@ class Registry:
         meta = {"database": self._database, "table_name": "api_key"}
         self._keys: type[_KeyRow] = type("Key", (_KeyRow,), {"Meta": type("Meta", (), meta)})
         try:
-            with self._door():
+            with self._database.opening(), self._door():
                 self._migrate()
         finally:
             self.close()  # SQLite's connections must not go through the fork of a server's workers
@@ -149,16 +152,29 @@ class Registry:
         return self._record(row)
 
     def list(self) -> _Records:
-        """The newest first, `demo` last: clients take the first for their default."""
-        order = (self._rows.canonical == DEMO, self._rows.modified_ns.desc(), self._rows.canonical)
-        with self._door():
-            return [self._record(row) for row in self._rows.select().order_by(*order)]
+        """The newest first, `demo` last: clients take the first for their default. What cannot be read is left out."""
+        return [entry for entry in self._entries() if isinstance(entry, ModelRecord)]
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is lost: databases that were moved aside and not yet deleted, and entries that cannot be read."""
+        moved = [
+            f"The registry was damaged and is {path} now, and a new one was begun: create your models again, "
+            "and delete that file, which ends this warning."
+            for path in self._database.moved_aside()
+        ]
+        return (*moved, *(str(entry) for entry in self._entries() if isinstance(entry, InternalError)))
 
     def put(self, record: ModelRecord) -> None:
         """Registers it, or replaces what had the name. Raises BadRequest for a bad name."""
         check_name(record.name)
         with self._door():
             self._put(record)
+
+    def renew(self, old: ModelRecord, new: ModelRecord) -> None:
+        """Replaces `old`, unless its name was deleted or means something else by now."""
+        with self._door():
+            same = (self._rows.canonical == canonical(old.name)) & (self._rows.modified_at == old.modified_at)
+            self._rows.update(**self._columns(new)).where(same).execute()
 
     def delete(self, name: str) -> None:
         """Forgets the name and leaves the file alone. Raises ModelNotFound."""
@@ -206,34 +222,43 @@ class Registry:
         """Closes this thread's connection; it opens again when it is needed."""
         self._database.close()
 
-    def _make_private(self) -> None:
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            raise SettingError(
-                f"RUSTLLAMA_HOME={self._path.parent} cannot hold the state: {error.strerror}; "
-                "name a folder that this user can write."
-            ) from None
-
     def _migrate(self) -> None:
-        if self._database.pragma("user_version") > len(_MIGRATIONS):
+        """Writes only what has to be written, as the place may be read-only."""
+        version = self._database.pragma("user_version")
+        if version > len(_MIGRATIONS):
             raise SettingError(f"{self._path} is of a newer rustllama; update this one, or set RUSTLLAMA_HOME.")
-        with self._database.atomic("IMMEDIATE"):
-            version = self._database.pragma("user_version")
-            for number, migration in enumerate(_MIGRATIONS[version:], version + 1):
-                self._database.execute_sql(migration)  # type: ignore[no-untyped-call]
-                self._database.pragma("user_version", number)
-            self._keep_demo(is_new=version == 0)
+        if version < len(_MIGRATIONS):
+            with self._database.atomic("IMMEDIATE"):
+                self._update()
+        elif self._is_demo_outdated():
+            try:
+                with self._door():
+                    self._put_demo()
+            except RustllamaError as error:
+                _log.warning("the bundled model could not be registered anew: %s", error)
 
-    def _keep_demo(self, is_new: bool) -> None:
-        """Registers the bundled model in a new database, and follows it when the installation moves or changes."""
-        if not self._bundled.is_file():
-            return
-        row = self._rows.get_or_none(self._rows.canonical == DEMO)
-        if is_new or (row is not None and self._is_outdated(self._record(row))):
+    def _update(self) -> None:
+        version = self._database.pragma("user_version")  # now that no other process changes it
+        for number, migration in enumerate(_MIGRATIONS[version:], version + 1):
+            self._database.execute_sql(migration)  # type: ignore[no-untyped-call]
+            self._database.pragma("user_version", number)
+        if version == 0 or self._is_demo_outdated():
+            self._put_demo()
+
+    def _put_demo(self) -> None:
+        if self._bundled.is_file():
             with suppress(BadModelFile):  # a damaged installation still serves other models
                 self._put(examine(DEMO, self._bundled))
+
+    def _is_demo_outdated(self) -> bool:
+        """Whether the bundled model, where it is registered, moved or changed with the installation."""
+        row = self._rows.get_or_none(self._rows.canonical == DEMO)
+        if row is None or not self._bundled.is_file():
+            return False
+        try:
+            return self._is_outdated(self._record(row))
+        except InternalError:  # it cannot be read
+            return Path(row.path) == self._bundled
 
     def _is_outdated(self, demo: ModelRecord) -> bool:
         path = Path(demo.path)
@@ -242,16 +267,29 @@ class Registry:
         return path.parts[-3:] == ("rustllama", "demo", "demo.gguf") and not path.exists()
 
     def _put(self, record: ModelRecord) -> None:
-        self._rows.insert(
-            canonical=canonical(record.name),
-            name=record.name,
-            path=record.path,
-            modified_at=record.modified_at,
-            modified_ns=time.time_ns(),
-            digest=record.digest,
-            identity=msgspec.json.encode(record.identity).decode(),
-            info=msgspec.json.encode(record.info).decode(),
-        ).on_conflict_replace().execute()
+        self._rows.insert(**self._columns(record)).on_conflict_replace().execute()
+
+    def _columns(self, record: ModelRecord) -> dict[str, str | int]:
+        return {
+            "canonical": canonical(record.name),
+            "name": record.name,
+            "path": record.path,
+            "modified_at": record.modified_at,
+            "modified_ns": time.time_ns(),
+            "digest": record.digest,
+            "identity": msgspec.json.encode(record.identity).decode(),
+            "info": msgspec.json.encode(record.info).decode(),
+        }
+
+    def _entries(self) -> Iterator[ModelRecord | InternalError]:
+        order = (self._rows.canonical == DEMO, self._rows.modified_ns.desc(), self._rows.canonical)
+        with self._door():
+            rows = list(self._rows.select().order_by(*order))
+        for row in rows:
+            try:
+                yield self._record(row)
+            except InternalError as error:
+                yield error
 
     def _record(self, row: _Row) -> ModelRecord:
         try:
@@ -275,22 +313,3 @@ class Registry:
         names = [repr(row.name) for row in query.limit(_MOST_NAMES + 1)]
         more = ["…"] if len(names) > _MOST_NAMES else []
         return "there are " + ", ".join(names[:_MOST_NAMES] + more) if names else "none is registered yet"
-
-    @contextmanager
-    def _door(self) -> Iterator[None]:
-        """Turns peewee's errors into ours; SQLite's words are fixed (sqlite3ErrStr), its codes only in Python 3.11."""
-        try:
-            yield
-        except peewee.PeeweeException as error:
-            raise self._translated(str(error)) from error
-
-    def _translated(self, words: str) -> RustllamaError:
-        if "locked" in words or "busy" in words:
-            return Unavailable(f"{self._path} is locked by another program; try again.")
-        if "full" in words:
-            return DiskFull(f"The disk that holds {self._path} is full; free some space and try again.")
-        if "readonly" in words or "unable to open" in words:
-            return InternalError(f"{self._path} cannot be written; give this user access, or set RUSTLLAMA_HOME.")
-        if "malformed" in words or "not a database" in words:
-            return InternalError(f"{self._path} is damaged; move it away, and a new one is made.")
-        return InternalError(f"{self._path} failed: {words}.")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disks import Disk, small_disk
 from tests.toys import GEMMA3, JAMBA, LLAMA, MAMBA, write_toy
 
 READY_S = 60
@@ -74,6 +75,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = start_server(tmp_path_factory.mktemp("home"))
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with small_disk(tmp_path / "disk") as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

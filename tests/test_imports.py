@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 # A module belongs to the layer of its longest prefix here.
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "origin", "settings", "core", "keys"), "words"),
-    **dict.fromkeys(("gguf", "templates", "registry", "probe", "addresses", "verdicts"), "leaves"),
+    **dict.fromkeys(("gguf", "templates", "database", "registry", "probe", "addresses", "verdicts"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
@@ -38,13 +38,14 @@ MAY_IMPORT = {
 }
 ALSO = {
     ("registry", "gguf"),  # a record is made of what the header says
+    ("registry", "database"),
     ("verdicts", "registry"),  # they lie among its facts
     ("cli.key", "registry"),  # keys are made on the database itself
 }
 DOORS = {
     "llama_cpp": {"engine.native"},
     "gevent": {"bridge", "serve", "worker", "tls", "gunicorn_conf"},
-    "peewee": {"registry"},
+    "peewee": {"registry", "database"},
     "prometheus_client": {"api.metrics"},
 }
 HEAVY = {"flask", "gevent", "peewee", "llama_cpp"}

@@ -230,18 +230,32 @@ def test_a_full_disk_has_its_own_error_and_recovers(registry: Registry) -> None:
     registry.put(large)
 
 
-def test_a_damaged_database_is_told(tmp_path: Path, start: Start) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/rustllama.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(InternalError, match="is damaged"):
-        start()
-
-
 def test_an_unreadable_entry_is_told_by_name(registry: Registry, other: sqlite3.Connection) -> None:
     registry.put(record("a"))
     other.execute("UPDATE model SET info = '{}'")
     with pytest.raises(InternalError, match="says of 'a' cannot be read; create it again"):
         registry.get("a")
+
+
+def test_an_unreadable_entry_does_not_hide_the_others(registry: Registry, other: sqlite3.Connection) -> None:
+    registry.put(record("a"))
+    other.execute("UPDATE model SET info = '{}'")
+    registry.put(record("b"))
+    assert names(registry) == ["b"]
+    (warning,) = registry.warnings()
+    assert "says of 'a' cannot be read" in warning
+    registry.put(record("a"))
+    assert (names(registry), registry.warnings()) == (["a", "b"], ())
+
+
+def test_a_record_is_renewed_where_it_still_stands(registry: Registry) -> None:
+    old, new = record("a"), record("a", "/new.gguf")
+    registry.renew(old, new)
+    assert names(registry) == []  # nothing comes back that was deleted
+    registry.put(old)
+    registry.renew(old, new)
+    registry.renew(old, record("a", "/newer.gguf"))
+    assert registry.get("a").path == "/new.gguf"
 
 
 def test_threads_have_connections_of_their_own(tmp_path: Path) -> None:
