@@ -113,8 +113,11 @@ class Reply(msgspec.Struct, frozen=True):
     eval_duration: int = 0
 
 
-class _Models(msgspec.Struct):
+class Listing(msgspec.Struct, frozen=True):
+    """All registered names, and what the user should know of them."""
+
     models: list[Model]
+    warnings: list[str] = []
 
 
 class _LoadedModels(msgspec.Struct):
@@ -180,7 +183,10 @@ class Client:
             ) from None
 
     def models(self) -> list[Model]:
-        return self._call("GET", "/api/list", as_type=_Models).models
+        return self.listing().models
+
+    def listing(self) -> Listing:
+        return self._call("GET", "/api/list", as_type=Listing)
 
     def loaded(self) -> list[LoadedModel]:
         return self._call("GET", "/api/ps", as_type=_LoadedModels).models

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -152,6 +154,27 @@ def test_an_unknown_model_is_a_404_that_names_those_that_exist(house: House, pat
     assert "toy" in sentence
 
 
+def spoil_entry(house: House, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "rustllama.db")) as other, other:
+        other.execute("UPDATE model SET info = '{}'")
+
+
+def test_an_entry_that_cannot_be_read_is_told_and_deleted(house: House, tmp_path: Path) -> None:
+    assert ok(house.get("/api/list")).keys() == {"models"}
+    spoil_entry(house, tmp_path)
+    listing = ok(house.get("/api/list"))
+    assert (listing["models"], len(listing["warnings"])) == ([], 1)
+    assert "'toy' cannot be read; create it again" in refused(house.chat("Hi"), 500)
+    ok(house.send("/api/delete", b'{"name":"toy"}', "DELETE"))
+    assert ok(house.get("/api/list")) == {"models": []}
+
+
+def test_an_entry_that_cannot_be_read_is_created_again(house: House, tmp_path: Path, gguf_file: Path) -> None:
+    spoil_entry(house, tmp_path)
+    ok(house.post("/api/create", name="toy", modelpath=str(gguf_file)))
+    assert names(house) == ["toy"]
+
+
 def test_deleting_an_unknown_model_is_a_404(house: House) -> None:
     assert refused(house.send("/api/delete", b'{"name":"x"}', "DELETE"), 404).startswith("model 'x' not found")
 
@@ -240,6 +263,27 @@ def test_a_file_that_was_spoilt_is_refused_even_while_it_is_loaded(house: House,
     house.chat("Hi")
     (tmp_path / "toy.gguf").write_bytes(b"no model any more")
     assert "is not a GGUF file" in refused(house.chat("Hi"), 400)
+    assert house.engines.last.closed  # llama.cpp dies of a page that a mapped file has no more
+
+
+def test_a_model_whose_file_is_gone_frees_its_memory_when_it_is_asked_for(house: House, tmp_path: Path) -> None:
+    house.chat("Hi", keep_alive=-1)
+    (tmp_path / "toy.gguf").unlink()
+    refused(house.chat("Hi"), 400)
+    assert house.engines.last.closed
+
+
+def test_a_name_deleted_while_its_file_is_examined_again_stays_deleted(
+    house: House, tmp_path: Path, gguf_file: Path
+) -> None:
+    shutil.copy(gguf_file, tmp_path / "toy.gguf")
+    asking: list[int] = []
+    spawn(lambda: asking.append(house.chat("Hi").status_code))
+    Event().wait(0.01)  # it is being proved, which takes a process
+    ok(house.send("/api/delete", b'{"name":"toy"}', "DELETE"))
+    while not asking:
+        Event().wait(0.01)
+    assert (asking, names(house)) == ([404], [])
 
 
 def test_a_file_that_was_replaced_is_examined_and_loaded_again(house: House, tmp_path: Path, gguf_file: Path) -> None:

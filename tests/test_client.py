@@ -119,6 +119,12 @@ def test_models_have_size_and_details(fake: StandIn) -> None:
     )
 
 
+def test_a_list_may_have_warnings(fake: StandIn) -> None:
+    assert Client(fake.url).listing().warnings == []
+    fake.answers["GET /api/list"] = b'{"models":[],"warnings":["The registry was damaged."]}'
+    assert Client(fake.url).listing().warnings == ["The registry was damaged."]
+
+
 def test_an_unload_is_a_chat_without_messages_that_keeps_nothing_alive(fake: StandIn) -> None:
     Client(fake.url).unload("demo")
     assert fake.bodies("POST /api/chat") == [{"model": "demo", "messages": [], "keep_alive": 0, "forget": False}]

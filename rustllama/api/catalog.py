@@ -3,103 +3,128 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from rustllama import gguf
 from rustllama.api.keys import check_model, may_use, may_use_all
-from rustllama.bridge import RLock, offload
-from rustllama.core import ModelRecord
+from rustllama.bridge import Bulkhead, RLock, offload
+from rustllama.core import FileIdentity, ModelRecord
 from rustllama.engine.manager import EngineManager
-from rustllama.errors import ModelNotFound
+from rustllama.errors import BadModelFile, InternalError, ModelNotFound, Unavailable
 from rustllama.probe import prove
 from rustllama.registry import Registry, examine
 from rustllama.settings import Settings
 from rustllama.verdicts import Verdicts
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+_PATIENCE_S = 10.0  # with a file system, as a disk that sleeps takes some seconds to wake, and with other writers
 
 
 class Catalog:
     """Called from the hub's greenlets; files and the database are touched in worker threads."""
 
-    def __init__(self, settings: Settings, registry: Registry, manager: EngineManager) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        manager: EngineManager,
+        *,
+        identity: Callable[[Path], FileIdentity] = gguf.identity,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
         self._registry = registry
         self._verdicts = Verdicts(registry)
         self._manager = manager
+        self._identity = identity
+        self._patience_s = patience_s
         self._probe_timeout_s = settings.probe_timeout
+        self._files = Bulkhead()
         self._examining = RLock()
         self._proving = RLock()  # one at a time: each takes the memory of its model, and one of few threads
+        self._writing = RLock()  # likewise: where the database is locked, each waits in its thread
 
     def list(self) -> list[ModelRecord]:
         """Those that the request's key may use."""
         return [record for record in offload(self._registry.list) if may_use(record.name)]
 
+    def warnings(self) -> tuple[str, ...]:
+        """What the registry lost, in sentences."""
+        return offload(self._registry.warnings)
+
     def get(self, name: str) -> ModelRecord:
         """Raises ModelNotFound, and Forbidden where the request's key is for other models: so do all that follow."""
-        return self._found(self._registry.get, name)
+        with _discreetly(name):
+            return offload(self._registry.get, name)
 
     def create(self, name: str, path: str) -> None:
         """Examines and proves the file, then gives it the name; answers of a model replaced by it end well.
 
-        Raises BadModelFile, OutOfMemory, DiskFull or InternalError.
+        Raises BadModelFile, OutOfMemory, DiskFull, Unavailable or InternalError.
         """
         check_model(name)
-        absolute = Path(os.path.abspath(os.path.expanduser(path)))
-        replaced = self._examine_and_put(name, absolute)
+        record = self._examined(name, Path(os.path.abspath(os.path.expanduser(path))))
+        replaced = self._known(name)
+        self._write(self._registry.put, record)
         if replaced is not None:
             self._let_go(replaced)
 
     def delete(self, name: str) -> None:
         """Raises ModelNotFound. The file stays."""
-        with self._examining:  # or what is examined again would come back
-            record = self.get(name)
-            offload(self._registry.delete, name)
-        self._let_go(record)
+        record = self._known(name)
+        with _discreetly(name):
+            self._write(self._registry.delete, name)
+        if record is not None:
+            self._let_go(record)
 
     def current(self, name: str) -> ModelRecord:
         """The record to load: as `get`, but proved again when the file is not the one that was examined.
 
-        Raises ModelNotFound, or BadModelFile where the file is gone or spoilt.
+        A model whose file is gone or changed is unloaded: llama.cpp dies of a page that a mapped file has no more.
+        Raises ModelNotFound, BadModelFile where the file is gone or spoilt, or Unavailable where it does not answer.
         """
-        record, unchanged = self._found(self._look, name)
-        return record if unchanged else self._examined_again(name)
+        record = self.get(name)
+        return record if self._is_unchanged(record) else self._examined_again(name)
 
-    def _found(self, find: Callable[[str], T], name: str) -> T:
-        """What `find` says of a model, in a worker thread. Who may use some models hears no names of others."""
-        check_model(name)
-        try:
-            return offload(find, name)
-        except ModelNotFound:
-            if may_use_all():
-                raise
-            raise ModelNotFound(f"model '{name}' not found: `rustllama create` registers it.") from None
+    def _known(self, name: str) -> ModelRecord | None:
+        with suppress(ModelNotFound, InternalError):  # what cannot be read can still be replaced or deleted
+            return self.get(name)
+        return None
 
     def _let_go(self, record: ModelRecord) -> None:
         """Its computed prompts leave too, unless the file has another name."""
         forget = all(other.digest != record.digest for other in offload(self._registry.list))
         self._manager.unload(record, forget=forget)
 
+    def _is_unchanged(self, record: ModelRecord) -> bool:
+        path = Path(record.path)
+        try:
+            unchanged = self._patiently(path, self._patience_s, partial(self._identity, path)) == record.identity
+        except BadModelFile:
+            self._manager.unload(record)
+            raise
+        if not unchanged:
+            self._manager.unload(record)
+        return unchanged
+
     def _examined_again(self, name: str) -> ModelRecord:
         with self._examining:  # a crowd of requests proves it once
-            record, unchanged = offload(self._look, name)
-            if unchanged:
-                return record
-            self._manager.unload(record)
-            self._examine_and_put(record.name, Path(record.path))
+            record = self.get(name)
+            if not self._is_unchanged(record):
+                self._write(self._registry.renew, record, self._examined(record.name, Path(record.path)))
             return self.get(name)
 
-    def _look(self, name: str) -> tuple[ModelRecord, bool]:
-        record = self._registry.get(name)
-        return record, gguf.identity(Path(record.path)) == record.identity
-
-    def _examine_and_put(self, name: str, path: Path) -> ModelRecord | None:
-        """Returns the record that had the name before."""
-        record = offload(examine, name, path)
+    def _examined(self, name: str, path: Path) -> ModelRecord:
+        self._patiently(path, self._patience_s, partial(self._identity, path))  # a file system that hangs is told soon
+        record = self._patiently(path, self._probe_timeout_s, partial(examine, name, path))
         with self._proving:
             offload(self._prove, record)
-        return offload(self._put, record)
+        return record
 
     def _prove(self, record: ModelRecord) -> None:
         """Once, for each state of the file; and again when it killed a worker since."""
@@ -107,10 +132,30 @@ class Catalog:
             prove(Path(record.path), timeout_s=self._probe_timeout_s)
             self._verdicts.prove(record)
 
-    def _put(self, record: ModelRecord) -> ModelRecord | None:
+    def _patiently(self, path: Path, timeout_s: float, look: Callable[[], T]) -> T:
+        """A file system may never answer: neither do others wait for it, nor are all threads spent on it."""
         try:
-            replaced = self._registry.get(record.name)
-        except ModelNotFound:
-            replaced = None
-        self._registry.put(record)
-        return replaced
+            return self._files.call(str(path), timeout_s, look)
+        except TimeoutError:
+            raise Unavailable(f"{path} does not answer: its file system hangs; try again when it is back.") from None
+
+    def _write(self, put: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """One after another, as they are in SQLite."""
+        if not self._writing.acquire(timeout=self._patience_s):
+            raise Unavailable("Other changes of the registry take long: try again.")
+        try:
+            offload(put, *args, **kwargs)
+        finally:
+            self._writing.release()
+
+
+@contextmanager
+def _discreetly(name: str) -> Iterator[None]:
+    """Whose key is for some models hears no names of others. Raises Forbidden."""
+    check_model(name)
+    try:
+        yield
+    except ModelNotFound:
+        if may_use_all():
+            raise
+        raise ModelNotFound(f"model '{name}' not found: `rustllama create` registers it.") from None

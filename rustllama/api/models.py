@@ -61,7 +61,9 @@ class Models:
         return json_response({"status": "success"})
 
     def list(self) -> Response:
-        return json_response({"models": [details.listed(record) for record in self._catalog.list()]})
+        listing = {"models": [details.listed(record) for record in self._catalog.list()]}
+        warnings = self._catalog.warnings()
+        return json_response({**listing, "warnings": warnings} if warnings else listing)
 
     def tags(self) -> Response:
         return json_response({"models": [details.with_tag(record) for record in self._catalog.list()]})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from rustllama.cli.format import clean, console_on, print_fields, print_table, since, size, spinner
+from rustllama.cli.format import clean, console_on, one_line, print_fields, print_table, since, size, spinner
 from rustllama.client import Client, Model, ModelCard
 
 
@@ -33,8 +33,11 @@ def create(name: str, path: Path) -> None:
 @click.command("list", epilog="\b\nExample:\n  rustllama list")
 def list_models() -> None:
     """List the registered models (also: ls)."""
-    rows = ((model.name, size(model.size), *_details(model), since(model.modified_at)) for model in _client().models())
+    listing = _client().listing()
+    rows = ((model.name, size(model.size), *_details(model), since(model.modified_at)) for model in listing.models)
     print_table(console_on(sys.stdout), ("NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED"), rows)
+    for warning in listing.warnings:
+        click.echo(f"Warning: {one_line(warning)}", err=True)
 
 
 def _details(model: Model) -> tuple[str, str]:

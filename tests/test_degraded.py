@@ -1,0 +1,248 @@
+"""A real server whose disk, database or model file fails: the request that meets it is told, and all others go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from rustllama.api.catalog import Catalog
+from rustllama.core import FileIdentity
+from rustllama.errors import Unavailable
+from rustllama.settings import Settings
+from tests.conftest import Server, start_server
+from tests.disks import Disk, hanging
+from tests.fakes import build_house, fake_record
+from tests.test_database import spoil
+
+DEADLINE_S = 60
+Start = Callable[..., Server]
+
+
+def ask(server: Server, method: str, path: str, body: object = None) -> requests.Response:
+    return requests.request(method, server.url + path, json=body, timeout=DEADLINE_S)
+
+
+def chat(server: Server, model: str = "demo") -> requests.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "options": {"num_predict": 3}}
+    return ask(server, "POST", "/api/chat", body)
+
+
+def create(server: Server, name: str, path: Path) -> requests.Response:
+    return ask(server, "POST", "/api/create", {"name": name, "modelpath": str(path)})
+
+
+def delete(server: Server, name: str) -> requests.Response:
+    return ask(server, "DELETE", "/api/delete", {"name": name})
+
+
+def listing(server: Server) -> dict[str, Any]:
+    response = ask(server, "GET", "/api/list")
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def good(response: requests.Response) -> None:
+    assert response.status_code == 200, response.text
+
+
+def error(response: requests.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    sentence = response.json()["error"]
+    assert "Traceback" not in sentence
+    return str(sentence)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts servers one after another; the state folder is `tmp_path / "home"`, or what the environment says."""
+    started: list[Server] = []
+
+    def start(**environ: str) -> Server:
+        started.append(start_server(tmp_path / "home", environ=environ))
+        return started[-1]
+
+    yield start
+    assert [server.stop() for server in started] == [0] * len(started)
+
+
+@pytest.fixture
+def own_server(start: Start) -> Server:
+    return start()
+
+
+def test_while_the_database_is_locked_writes_are_refused_and_all_else_goes_on(
+    own_server: Server, toys: dict[str, Path]
+) -> None:
+    path = own_server.home / "rustllama.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other, ThreadPoolExecutor(12) as clients:
+        other.execute("BEGIN EXCLUSIVE")
+        writes = [clients.submit(delete, own_server, "demo") for _ in range(12)]
+        assert (chat(own_server).status_code, listing(own_server)["models"][0]["name"]) == (200, "demo")
+        assert not all(write.done() for write in writes)
+        for write in writes:
+            assert "try again" in error(write.result(), 503)
+            assert write.result().headers["Retry-After"]
+        other.execute("ROLLBACK")
+    good(create(own_server, "toy", toys["llama"]))
+    good(delete(own_server, "demo"))
+
+
+def test_a_database_that_is_damaged_at_the_start_is_replaced_and_the_list_says_so(start: Start, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    start().stop()
+    spoil(home / "rustllama.db")
+    server = start()
+    good(chat(server))
+    (aside,) = home.glob("rustllama.db.corrupt-*-??????")
+    (warning,) = listing(server)["warnings"]
+    assert str(aside) in warning
+    assert f"was damaged: it is {aside} now" in server.log.read_text()
+    shown = subprocess.run(
+        [sys.executable, "-m", "rustllama", "list"],
+        env={**os.environ, "RUSTLLAMA_HOST": server.url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "demo" in shown.stdout
+    assert shown.stderr == f"Warning: {warning}\n"
+    aside.unlink()
+    assert "warnings" not in listing(server)
+
+
+def test_damage_that_is_met_while_running_is_an_error_until_the_next_start(start: Start) -> None:
+    server = start()
+    os.kill(server.worker_pid, signal.SIGKILL)
+    for suffix in ("", "-wal"):  # the next worker opens them anew
+        spoil(server.home / f"rustllama.db{suffix}")
+    assert "is damaged; restart the server" in error(chat(server), 500)
+    good(ask(server, "GET", "/api/version"))
+    server.stop()
+    good(chat(start()))
+
+
+def test_a_read_only_state_folder_serves_and_refuses_writes(disk: Disk, start: Start, toys: dict[str, Path]) -> None:
+    environ = {"RUSTLLAMA_HOME": str(disk.path), "RUSTLLAMA_PROMPT_CACHE_DISK": "1MB"}
+    start(**environ).stop()
+    disk.remount("ro")
+    server = start(**environ)
+    good(chat(server))
+    assert f"{disk.path}/rustllama.db cannot be written" in error(create(server, "toy", toys["llama"]), 500)
+    assert [model["name"] for model in listing(server)["models"]] == ["demo"]
+    disk.remount("rw")
+    good(create(server, "toy", toys["llama"]))
+    good(chat(server, "toy"))
+
+
+def test_a_full_disk_refuses_writes_until_it_has_room(disk: Disk, start: Start, toys: dict[str, Path]) -> None:
+    environ = {"RUSTLLAMA_HOME": str(disk.path), "RUSTLLAMA_PROMPT_CACHE_DISK": "1GiB"}
+    server = start(**environ)
+    disk.fill()
+    good(chat(server))
+    assert f"disk that holds {disk.path}/rustllama.db is full" in error(create(server, "toy", toys["llama"]), 507)
+    assert ask(server, "POST", "/api/chat", {"model": "demo", "keep_alive": 0}).status_code == 200  # writes its state
+    good(chat(server))
+    assert [model["name"] for model in listing(server)["models"]] == ["demo"]
+    disk.clear()
+    good(create(server, "toy", toys["llama"]))
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+
+
+def _replace(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "gone": (Path.unlink, "There is no file at"),
+    "truncated": (_truncate, "is truncated"),
+    "overwritten": (_overwrite, "is not a GGUF file"),
+    "a folder": (partial(_replace, make=Path.mkdir), "is a folder"),
+    "a pipe": (partial(_replace, make=os.mkfifo), "device, pipe or socket"),
+    "a device": (partial(_replace, make=lambda path: path.symlink_to("/dev/zero")), "device, pipe or socket"),
+}
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_model_file_that_fails_is_named_and_its_return_is_noticed(
+    own_server: Server, tmp_path: Path, toys: dict[str, Path], is_loaded: bool
+) -> None:
+    worker = own_server.worker_pid
+    for name, (break_file, words) in FAULTS.items():
+        path = tmp_path / "model.gguf"
+        shutil.copy(toys["llama"], path)
+        good(create(own_server, "toy", path))
+        if is_loaded:
+            good(chat(own_server, "toy"))
+        break_file(path)
+        sentence = error(chat(own_server, "toy"), 400)
+        assert (str(path) in sentence, words in sentence) == (True, True), sentence
+        good(chat(own_server))
+        loaded = [model["name"] for model in ask(own_server, "GET", "/api/ps").json()["models"]]
+        assert loaded == ["demo:latest"], name
+        _restore(path, toys["llama"])
+        good(chat(own_server, "toy"))
+    assert own_server.worker_pid == worker
+
+
+def _restore(path: Path, good: Path) -> None:
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    shutil.copy(good, path)
+
+
+def test_a_file_system_that_hangs_holds_up_nobody_else(
+    own_server: Server, tmp_path: Path, toys: dict[str, Path]
+) -> None:
+    folder = tmp_path / "far"
+    folder.mkdir()
+    good(create(own_server, "toy", Path(shutil.copy(toys["llama"], folder / "model.gguf"))))
+    with ThreadPoolExecutor(20) as clients:
+        with hanging(folder):
+            stuck = [clients.submit(chat, own_server, "toy") for _ in range(20)]
+            assert (chat(own_server).status_code, len(listing(own_server)["models"])) == (200, 2)
+            good(create(own_server, "other", toys["mamba"]))
+            for request in stuck:
+                assert f"{folder}/model.gguf does not answer" in error(request.result(), 503)
+        good(chat(own_server, "toy"))
+
+
+def test_a_file_that_does_not_answer_is_given_up_and_others_go_on(tmp_path: Path) -> None:
+    """As with a real one, where nothing can be mounted."""
+    house, go = build_house(tmp_path), threading.Event()
+    house.registry.put(fake_record(tmp_path / "stuck.gguf", "stuck"))
+
+    def identity(path: Path) -> FileIdentity:
+        if path.name == "stuck.gguf":
+            go.wait()
+        return house.registry.get(path.stem).identity
+
+    catalog = Catalog(Settings(), house.registry, house.manager, identity=identity, patience_s=0.05)
+    with pytest.raises(Unavailable, match=r"stuck\.gguf does not answer"):
+        catalog.current("stuck")
+    assert catalog.current("toy").name == "toy"
+    go.set()
