@@ -12,9 +12,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from hashlib import blake2b
 from itertools import product
 from typing import NoReturn
 
+import msgspec
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -25,9 +27,9 @@ from rustllama.errors import TemplateRefused
 
 Messages = Sequence[Mapping[str, object]]
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = (  # the bundled model's too, word for word
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 _NEEDLE = "needle"
@@ -35,10 +37,44 @@ _FIRST_MARKER, _LAST_MARKER = "\U000f0000", "\U000ffffd"
 _MOST_MARKERS = ord(_LAST_MARKER) - ord(_FIRST_MARKER) + 1
 _ANY_MARKER = f"[{_FIRST_MARKER}-{_LAST_MARKER}]"
 _LIKELY_SPECIAL = r"<[|｜][^\s<>]{1,100}[|｜]>"  # where a model's own are not known
+_USUAL_TOKEN = re.compile(r"<\S{1,40}")  # searching for some others takes long, like `1x` in a text of digits
+_MOST_USUAL_TOKENS = 100
 _FAILURES = (  # of a template
     *(TemplateError, ArithmeticError, AttributeError, LookupError),
     *(MemoryError, RecursionError, SyntaxError, TypeError, ValueError),
 )
+
+
+class TemplateSource(msgspec.Struct, frozen=True):
+    """What a template is compiled from."""
+
+    key: bytes  # of equal ones it is equal
+    template: str | None  # Jinja; None is ChatML
+    bos_token: str
+    eos_token: str
+    special_tokens: tuple[str, ...]
+
+    @classmethod
+    def of(cls, info: ModelInfo, template: str | None = None) -> TemplateSource:
+        """The template of a model's file, or `template` with that model's special tokens."""
+        special = info.metadata.get("tokenizer.ggml.control_tokens", [])
+        parts = (
+            info.chat_template if template is None else template,
+            str(info.metadata.get("tokenizer.ggml.bos_token", "")),
+            str(info.metadata.get("tokenizer.ggml.eos_token", "")),
+            tuple(map(str, special)) if isinstance(special, list) else (),
+        )
+        return cls(blake2b(msgspec.msgpack.encode(parts), digest_size=16).digest(), *parts)
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether it is known to be neither slow nor large, whatever the messages."""
+        special = {self.bos_token, self.eos_token, *self.special_tokens} - {""}
+        return (
+            self.template in (None, CHATML)
+            and len(special) <= _MOST_USUAL_TOKENS
+            and all(_USUAL_TOKEN.fullmatch(token) for token in special)
+        )
 
 
 class ChatTemplate:
@@ -61,12 +97,16 @@ class ChatTemplate:
     @classmethod
     def of(cls, info: ModelInfo, source: str | None = None) -> ChatTemplate:
         """The template of a model's file, or `source` with that model's special tokens. Raises TemplateRefused."""
-        special = info.metadata.get("tokenizer.ggml.control_tokens", [])
+        return cls.compiled(TemplateSource.of(info, source))
+
+    @classmethod
+    def compiled(cls, source: TemplateSource) -> ChatTemplate:
+        """Raises TemplateRefused."""
         return cls(
-            info.chat_template if source is None else source,
-            bos_token=str(info.metadata.get("tokenizer.ggml.bos_token", "")),
-            eos_token=str(info.metadata.get("tokenizer.ggml.eos_token", "")),
-            special_tokens=map(str, special) if isinstance(special, list) else (),
+            source.template,
+            bos_token=source.bos_token,
+            eos_token=source.eos_token,
+            special_tokens=source.special_tokens,
         )
 
     def render(
@@ -82,7 +122,8 @@ class ChatTemplate:
         try:
             text = self._run(self._fit(folded), markers.hide(tools), add_generation_prompt)
         except _FAILURES as error:
-            raise TemplateRefused(f"The model's chat template refuses these messages: {error}") from None
+            words = "it needs too much memory" if isinstance(error, MemoryError) else error
+            raise TemplateRefused(f"The model's chat template refuses these messages: {words}") from None
         return markers.spans(text)
 
     def _adapted(self) -> tuple[dict[str, None], bool]:

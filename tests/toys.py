@@ -24,12 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
+from rustllama.templates import CHATML as CHATML
+
 Array = npt.NDArray[Any]
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2: beginning, turn, end of generation
 _CONSTANT = 4.0
 _NEXT_TO_NOTHING = 1e-6

@@ -10,7 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rustllama.demo.model import Llama, Shape
-from rustllama.demo.tokens import END, PAD, SPECIAL, TEMPLATE
+from rustllama.demo.tokens import END, PAD, SPECIAL
+from rustllama.templates import CHATML
 
 DESCRIPTION = (
     "A tiny demo model that ships with rustllama: usage questions, capitals, small sums. It is no assistant, and says "
@@ -67,7 +68,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_eot_token_id(vocabulary[END])
     writer.add_pad_token_id(vocabulary[PAD])
     writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(CHATML)
 
 
 def _add_weights(writer: gguf.GGUFWriter, network: Llama) -> None:

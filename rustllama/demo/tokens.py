@@ -11,10 +11,6 @@ from rustllama.demo.corpus import Message
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (PAD, START, END)
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def learn(texts: Iterable[str], n_vocab: int) -> Tokenizer:
