@@ -5,6 +5,7 @@ RustllamaError
 │   ├── Unsupported          400  unsupported              a field or ability that is not there
 │   ├── ContextExceeded      400  context_length_exceeded
 │   ├── TemplateRefused      400  template_error
+│   │   └── TemplateTooCostly     template_error           it was ended, and would only be ended again
 │   └── BadModelFile         400  bad_model_file           the file named by a create or a record cannot be served
 ├── Unauthorized             401  unauthorized             no API key, or none that is known
 ├── Forbidden                403  forbidden                not from this page, to this host, or with this key
@@ -57,6 +58,10 @@ class ContextExceeded(BadRequest):
 
 class TemplateRefused(BadRequest):
     code = "template_error"
+
+
+class TemplateTooCostly(TemplateRefused):
+    pass
 
 
 class BadModelFile(BadRequest):

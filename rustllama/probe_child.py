@@ -11,7 +11,6 @@ import resource
 import signal
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ from rustllama import gguf
 from rustllama.core import ModelInfo
 from rustllama.errors import BadModelFile, InternalError, OutOfMemory, TemplateRefused
 from rustllama.probe import Verdict
+from rustllama.rlimits import leave_first, lower
 from rustllama.templates import ChatTemplate
 
 _N_CTX, _N_BATCH = 256, 64
@@ -52,18 +52,11 @@ def limit(timeout_s: float, file_bytes: int = 0) -> None:
     """From here on the kernel ends this process when it takes too much, and first when memory is short."""
     seconds = timeout_s + file_bytes / _SLOWEST_DISK
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    _lower(resource.RLIMIT_CPU, int(_THREADS * seconds) + 1)
-    _lower(resource.RLIMIT_CORE, 0)
+    lower(resource.RLIMIT_CPU, int(_THREADS * seconds) + 1)
+    lower(resource.RLIMIT_CORE, 0)
     if sys.platform == "linux":
-        _lower(resource.RLIMIT_AS, 2 * file_bytes + _SPARE_MEMORY)
-        with suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _lower(what: int, limit: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(what, (limit, hard))
+        lower(resource.RLIMIT_AS, 2 * file_bytes + _SPARE_MEMORY)
+    leave_first()
 
 
 def _use(info: ModelInfo, path: str) -> None:

@@ -16,15 +16,16 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 # A module belongs to the layer of its longest prefix here.
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "origin", "settings", "core", "keys"), "words"),
-    **dict.fromkeys(("gguf", "templates", "database", "registry", "probe", "addresses", "verdicts"), "leaves"),
+    **dict.fromkeys(("gguf", "templates", "template_helper", "database", "registry"), "leaves"),
+    **dict.fromkeys(("probe", "rlimits", "addresses", "verdicts"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),
-    **dict.fromkeys(("bench", "demo", "probe_child", "serve", "deaths", "worker", "tls", "gunicorn_conf"), "tools"),
-    **dict.fromkeys(("connections", "client_socket"), "tools"),
+    **dict.fromkeys(("bench", "demo", "probe_child", "template_child"), "tools"),
+    **dict.fromkeys(("serve", "deaths", "worker", "tls", "gunicorn_conf", "connections", "client_socket"), "tools"),
 }
 MAY_IMPORT = {
     "words": {"words"},
@@ -41,6 +42,7 @@ ALSO = {
     ("registry", "database"),
     ("verdicts", "registry"),  # they lie among its facts
     ("cli.key", "registry"),  # keys are made on the database itself
+    ("template_helper", "templates"),  # what is sent to the helper is what templates are made of
 }
 DOORS = {
     "llama_cpp": {"engine.native"},
