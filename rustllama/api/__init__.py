@@ -16,6 +16,8 @@ from rustllama.api.models import Models
 from rustllama.api.ollama import Ollama
 from rustllama.api.openai import OpenAI
 from rustllama.api.openapi import OpenAPI
+from rustllama.api.prompts import Prompts
+from rustllama.api.renderer import Renderer
 from rustllama.engine.black_box import BlackBox
 from rustllama.engine.facts import Facts
 from rustllama.engine.manager import EngineFactory, EngineManager
@@ -43,7 +45,10 @@ def create_app(
         engine_factory = LlamaEngines(settings, facts, black_box)
     manager = EngineManager(settings, engine_factory, facts)
     catalog = Catalog(settings, registry, manager)
-    answers = Answers(catalog, manager, engine_factory.tally, reproducible=settings.reproducible)
+    renderer = Renderer()
+    if settings.load:
+        renderer.start()  # while the models are loaded
+    answers = Answers(catalog, manager, Prompts(renderer), engine_factory.tally, reproducible=settings.reproducible)
     app = Flask("rustllama", static_folder=None)
     app.extensions["rustllama"] = manager
     app.url_map.merge_slashes = False  # a redirect would be HTML

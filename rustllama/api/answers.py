@@ -77,13 +77,15 @@ class Answer:
 class Answers:
     """Starts the work that a Job asks for."""
 
-    def __init__(self, catalog: Catalog, manager: EngineManager, tally: Tally, *, reproducible: bool) -> None:
+    def __init__(
+        self, catalog: Catalog, manager: EngineManager, prompts: Prompts, tally: Tally, *, reproducible: bool
+    ) -> None:
         """`reproducible` where a request does not say."""
         self._catalog = catalog
         self._manager = manager
+        self._prompts = prompts
         self._tally = tally
         self._reproducible = reproducible
-        self._prompts = Prompts()
 
     def start(self, job: Job, environ: WSGIEnvironment) -> Answer:
         """Returns with the first event of the answer. Raises what can go wrong until then."""
@@ -104,6 +106,7 @@ class Answers:
     def _work(self, job: Job, answer: Answer) -> Work:
         """Loads the model, prepares the prompt, generates."""
         record = self._record(job, answer.call)
+        self._prompts.expect(job, record)
         lease = answer.held.enter_context((yield from self._lease(job, record)))
         answer.load_ns = lease.load_ns
         answer.warnings += lease.warnings

@@ -6,20 +6,21 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 
 from rustllama.api.jobs import Job
+from rustllama.api.renderer import Renderer
 from rustllama.api.requests import Turn
-from rustllama.bridge import offload
 from rustllama.core import ContextShift, Engine, ModelRecord, Span
 from rustllama.engine import context_shift
 from rustllama.errors import ContextExceeded
-from rustllama.templates import ChatTemplate
+from rustllama.templates import Messages, TemplateSource
 
 _KEPT_TEMPLATES = 16
 # No text has so few tokens. What is longer is not even tokenized: tokenizers take seconds for megabytes.
 _BYTES_PER_TOKEN = 64
+_LARGEST_PROMPT = 2  # times what a context can hold: more does not even leave the process of its template
 # A cut moves by this share of the context, so that the next turns begin with the same text and reuse it.
 _STEPS = 4
 
@@ -52,27 +53,43 @@ class _Text:
     starts: Sequence[int] = (0,)
 
 
-class Prompts:
-    """Keeps the compiled templates of the models that were used last."""
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """`render` makes a prompt of each conversation, in one go."""
 
-    def __init__(self) -> None:
-        self._templates: OrderedDict[str, ChatTemplate] = OrderedDict()
+    render: Callable[[Sequence[Messages]], tuple[tuple[Span, ...], ...]]
+    uses_fallback: bool
+
+
+class Prompts:
+    """Keeps the templates of the models that were used last, as what they are compiled from."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._sources: OrderedDict[str, TemplateSource] = OrderedDict()
+
+    def expect(self, job: Job, record: ModelRecord) -> None:
+        """Prepares for `build`, while the model is loaded."""
+        if job.raw_prompt is None:
+            self._renderer.expect(self._source(job, record), brought=job.template is not None)
 
     def build(self, job: Job, record: ModelRecord, engine: Engine, num_ctx: int) -> Prompt:
         """Raises TemplateRefused, and ContextExceeded for what does not fit or may not be shortened."""
         if job.raw_prompt is not None:
             return _raw(job, job.raw_prompt, engine, num_ctx)
-        template = self._own(record) if job.template is None else offload(ChatTemplate.of, record.info, job.template)
-        return _chat(job, template, engine, num_ctx)
+        source, limit_bytes = self._source(job, record), _LARGEST_PROMPT * _BYTES_PER_TOKEN * num_ctx
+        render = partial(self._renderer.render, source, brought=job.template is not None, limit_bytes=limit_bytes)
+        return _chat(job, _Template(render, source.template is None), engine, num_ctx)
 
-    def _own(self, record: ModelRecord) -> ChatTemplate:
-        """The template of the model's file."""
-        template = self._templates.get(record.digest) or offload(ChatTemplate.of, record.info)
-        self._templates[record.digest] = template
-        self._templates.move_to_end(record.digest)
-        if len(self._templates) > _KEPT_TEMPLATES:
-            self._templates.popitem(last=False)
-        return template
+    def _source(self, job: Job, record: ModelRecord) -> TemplateSource:
+        if job.template is not None:
+            return TemplateSource.of(record.info, job.template)
+        source = self._sources.get(record.digest) or TemplateSource.of(record.info)
+        self._sources[record.digest] = source
+        self._sources.move_to_end(record.digest)
+        if len(self._sources) > _KEPT_TEMPLATES:
+            self._sources.popitem(last=False)
+        return source
 
 
 def _raw(job: Job, prompt: str, engine: Engine, num_ctx: int) -> Prompt:
@@ -85,10 +102,10 @@ def _raw(job: Job, prompt: str, engine: Engine, num_ctx: int) -> Prompt:
     return Prompt(tokens, shift=_with_room(ContextShift(keep), num_ctx) if job.shift else None)
 
 
-def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Prompt:
+def _chat(job: Job, template: _Template, engine: Engine, num_ctx: int) -> Prompt:
     messages = job.messages
     text = _Text(
-        render=lambda start: offload(template.render, _kept(messages, start)),
+        render=lambda start: template.render([_kept(messages, start)])[0],
         size_bytes=lambda start: sum(_size_bytes(turn) for turn in _kept(messages, start)),
         starts=_starts(messages) if job.truncate else (0,),
     )
@@ -103,13 +120,11 @@ def _chat(job: Job, template: ChatTemplate, engine: Engine, num_ctx: int) -> Pro
 
 
 def _chat_shift(
-    messages: Sequence[Turn], template: ChatTemplate, engine: Engine, tokens: tuple[int, ...], num_keep: int
+    messages: Sequence[Turn], template: _Template, engine: Engine, tokens: tuple[int, ...], num_keep: int
 ) -> ContextShift:
     head = list(takewhile(lambda turn: turn["role"] == "system", messages))
-    asked, again = (
-        engine.tokenize(offload(template.render, [*head, *turns]), add_special=True)
-        for turns in ((_QUESTION,), (*_EXCHANGE, _QUESTION))
-    )
+    prompts = template.render([[*head, *turns] for turns in ((_QUESTION,), (*_EXCHANGE, _QUESTION))])
+    asked, again = (engine.tokenize(spans, add_special=True) for spans in prompts)
     return context_shift.of_chat(tokens, asked, again, num_keep)
 
 
