@@ -154,6 +154,7 @@ class Settings:
         parse_size_bytes, 0, "disk for computed prompts, so that they survive a restart; 0: none are written"
     )
     reuse_text: bool = _setting(_yes, True, "take what a model wrote as the tokens it wrote when its text comes back")
+    share_prompts: bool = _setting(_yes, True, "let API keys share computed prompts; 0: each key has its own")
     reproducible: bool = _setting(_yes, False, "give every answer bit for bit the same, whatever else runs: slower")
     speculation: bool = _setting(_yes, True, "draft what an answer quotes of its conversation, where that is faster")
     num_ctx: int = _setting(_whole(16, 1 << 22), 8192, "tokens of a usual context; less where memory is short")

@@ -103,7 +103,8 @@ class FakeEngine:
         self._plan = plan
         self.record = record
         self.prompts: list[tuple[Span, ...]] = []  # all that were tokenized
-        self.as_written = False  # how the last one was
+        self.as_written = False  # how the last one was, and
+        self.owner = ""  # for whom
         self._texts: dict[tuple[int, ...], str] = {}
         self.requests: list[GenerateRequest] = []
         self.streams: list[FakeStream] = []
@@ -115,6 +116,7 @@ class FakeEngine:
         assert not self.closed
         self.prompts.append(spans)
         self.as_written = as_written
+        self.owner = owner
         text = "".join(span.text for span in spans)
         words = re.findall(r"\w+|[^\w\s]", text)
         tokens = (1,) * add_special + tuple(zlib.crc32(word.encode()) for word in words)

@@ -294,3 +294,15 @@ def test_a_limit_is_not_forgotten_when_keys_are_read_again(door: Door) -> None:
     door.now_s = 5.0
     with pytest.raises(TooManyRequests):
         door.admit("mine")
+
+
+@pytest.mark.parametrize(("shared", "owners"), [(True, ["", ""]), (False, ["mine-key", "yours-key"])])
+def test_keys_share_what_was_computed_unless_a_setting_keeps_them_apart(
+    tmp_path: Path, shared: bool, owners: list[str]
+) -> None:
+    house = build_house(tmp_path, share_prompts=shared)
+    for who in [visitor(house, secret) for secret in ("mine", "yours")]:
+        ok(who.chat())
+    (engine,) = house.engines.made
+    assert [request.owner for request in engine.requests] == owners
+    assert engine.owner == owners[-1], "so it is with what the model wrote"

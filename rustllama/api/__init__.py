@@ -48,7 +48,7 @@ def create_app(
     renderer = Renderer()
     if settings.load:
         renderer.start()  # while the models are loaded
-    answers = Answers(catalog, manager, Prompts(renderer), engine_factory.tally, reproducible=settings.reproducible)
+    answers = Answers(catalog, manager, Prompts(renderer), engine_factory.tally, settings)
     app = Flask("rustllama", static_folder=None)
     app.extensions["rustllama"] = manager
     app.url_map.merge_slashes = False  # a redirect would be HTML

@@ -21,6 +21,7 @@ from rustllama.engine.lease import Lease
 from rustllama.engine.manager import EngineManager
 from rustllama.engine.tally import Tally
 from rustllama.errors import Cancelled, RustllamaError, Unsupported
+from rustllama.settings import Settings
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -78,20 +79,22 @@ class Answers:
     """Starts the work that a Job asks for."""
 
     def __init__(
-        self, catalog: Catalog, manager: EngineManager, prompts: Prompts, tally: Tally, *, reproducible: bool
+        self, catalog: Catalog, manager: EngineManager, prompts: Prompts, tally: Tally, settings: Settings
     ) -> None:
-        """`reproducible` where a request does not say."""
         self._catalog = catalog
         self._manager = manager
         self._prompts = prompts
         self._tally = tally
-        self._reproducible = reproducible
+        self._settings = settings
 
     def start(self, job: Job, environ: WSGIEnvironment) -> Answer:
         """Returns with the first event of the answer. Raises what can go wrong until then."""
+        call = call_of(environ)
         if job.options.reproducible is None:
-            job = replace(job, options=msgspec.structs.replace(job.options, reproducible=self._reproducible))
-        answer = Answer(job, call_of(environ), self._work)
+            job = replace(job, options=msgspec.structs.replace(job.options, reproducible=self._settings.reproducible))
+        if call.key is not None and not self._settings.share_prompts:
+            job = replace(job, owner=call.key.name)
+        answer = Answer(job, call, self._work)
         with ExitStack() as undo:
             undo.callback(answer.close)
             answer.begin(environ)
@@ -159,4 +162,5 @@ def _request(id: str, job: Job, record: ModelRecord, prompt: Prompt, num_ctx: in
         sampling=job.options.sampling(recommended(record.info)),
         reproducible=bool(job.options.reproducible),
         shift=prompt.shift,
+        owner=job.owner,
     )

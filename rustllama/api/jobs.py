@@ -23,6 +23,7 @@ class Job:
     progress: bool = False  # whether to tell what the first token waits for
     shift: bool = False  # whether the answer may go on in a full context
     warnings: tuple[str, ...] = ()
+    owner: str = ""  # who shares what was computed with nobody else; "": shares it with all others
 
     def telling(self, progress: bool, *, streamed: bool) -> Job:
         """The same, with what the request asks for."""

@@ -164,7 +164,7 @@ def _fit(text: _Text, job: Job, engine: Engine, num_ctx: int) -> tuple[int, tupl
         rendered = sum(len(span.text) for span in spans)  # characters; a template can make much of little
         if rendered > most_bytes:
             raise _too_long(f"{rendered} characters in its template", num_ctx)
-        return engine.tokenize(spans, add_special=True, as_written=not job.options.reproducible)
+        return engine.tokenize(spans, add_special=True, as_written=not job.options.reproducible, owner=job.owner)
 
     starts = text.starts[cut(text.size_bytes, text.starts, most_bytes, most_bytes // _STEPS) :]
     size_bytes = text.size_bytes(starts[0])

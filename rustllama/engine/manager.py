@@ -133,10 +133,6 @@ class EngineManager:
             if entry.engine is not None
         ]
 
-    @property
-    def queued(self) -> int:
-        return sum(entry.engine.state().queued for entry in self._entries.values() if entry.engine is not None)
-
     def drain(self, timeout_s: float) -> None:
         """Refuses new requests, waits for the running ones, ends what is left with an error."""
         self.draining = True
