@@ -100,20 +100,19 @@ def offload(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 class Bulkhead:
     """Worker threads for calls that may never return, such as those into a network's file system.
 
-    Who has waited long enough gives up, and the thread stays with its call. The calls of one key get few threads, so
-    that those of others go on. See Nygard, "Release It!".
+    Who has waited long enough gives up, and the thread stays with its call. The calls of one key take turns, so that
+    they lose one thread and those of others go on. See Nygard, "Release It!".
     """
 
-    def __init__(self, threads_each: int = 2) -> None:
-        self._threads_each = threads_each
+    def __init__(self) -> None:
         self._compartments: WeakValueDictionary[str, _Compartment] = WeakValueDictionary()
 
     def call(self, key: str, timeout_s: float, fn: Callable[[], T]) -> T:
         """Returns or raises what `fn` does. Raises TimeoutError, and does so at once while a call of this key hangs."""
         compartment = self._compartments.get(key)
         if compartment is None:
-            compartment = self._compartments[key] = _Compartment(self._threads_each)
-        if compartment.hangs or not compartment.free.acquire(timeout=timeout_s):
+            compartment = self._compartments[key] = _Compartment()
+        if compartment.hangs or not compartment.turn.acquire(timeout=timeout_s):
             raise TimeoutError
         work = gevent.spawn(compartment.run, fn)
         work.join(timeout_s)
@@ -128,8 +127,8 @@ class Bulkhead:
 class _Compartment:
     """Lives as long as somebody calls."""
 
-    def __init__(self, threads: int) -> None:
-        self.free = Semaphore(threads)
+    def __init__(self) -> None:
+        self.turn = Semaphore()
         self.hangs = False
 
     def run(self, fn: Callable[[], T]) -> _Outcome[T]:
@@ -139,7 +138,7 @@ class _Compartment:
             return outcome
         finally:
             self.hangs = False
-            self.free.release()
+            self.turn.release()
 
 
 @cache

@@ -158,7 +158,7 @@ class Registry:
     def warnings(self) -> tuple[str, ...]:
         """What is lost: databases that were moved aside and not yet deleted, and entries that cannot be read."""
         moved = [
-            f"The registry was damaged and is {path} now, and a new one was begun: create your models again, "
+            f"The registry was damaged and is {path} now, and a new one was begun: create models and API keys again, "
             "and delete that file, which ends this warning."
             for path in self._database.moved_aside()
         ]

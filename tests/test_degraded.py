@@ -131,7 +131,7 @@ def test_damage_that_is_met_while_running_is_an_error_until_the_next_start(start
     for suffix in ("", "-wal"):  # the next worker opens them anew
         spoil(server.home / f"rustllama.db{suffix}")
     assert "is damaged; restart the server" in error(chat(server), 500)
-    good(ask(server, "GET", "/api/version"))
+    good(ask(server, "GET", "/health"))
     server.stop()
     good(chat(start()))
 

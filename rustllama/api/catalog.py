@@ -121,7 +121,7 @@ class Catalog:
 
     def _examined(self, name: str, path: Path) -> ModelRecord:
         self._patiently(path, self._patience_s, partial(self._identity, path))  # a file system that hangs is told soon
-        record = self._patiently(path, self._probe_timeout_s, partial(examine, name, path))
+        record = self._patiently(path, self._patience_s + self._probe_timeout_s, partial(examine, name, path))
         with self._proving:
             offload(self._prove, record)
         return record

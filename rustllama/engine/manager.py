@@ -197,9 +197,7 @@ class EngineManager:
 
     def _make_room(self, info: ModelInfo, slots_before: Mapping[int, int]) -> MemoryPlan:
         """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
-        everything = self._available() + self._used_bytes
-        if memory.plan(info, self._settings, everything, squeeze=True) is None:
-            memory.mapped_plan(info, self._settings, everything)  # nobody leaves for what can never fit: it raises
+        memory.refuse_what_never_fits(info, self._settings, self._available() + self._used_bytes)
         while True:
             available = self._available()
             plan = memory.plan(info, self._settings, available, squeeze=False, slots_before=slots_before)

@@ -64,6 +64,12 @@ def mapped_plan(info: ModelInfo, settings: Settings, available_bytes: int) -> Me
     return MemoryPlan(n_ctx, 1, needed, (warning,))
 
 
+def refuse_what_never_fits(info: ModelInfo, settings: Settings, all_bytes: int) -> None:
+    """Raises OutOfMemory where not even all memory is enough: nobody has to wait or to leave for it."""
+    if plan(info, settings, all_bytes, squeeze=True) is None:
+        mapped_plan(info, settings, all_bytes)
+
+
 def large_lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
     """What one further slot of that many tokens takes, in a context of its own."""
     return _lane_bytes(info, settings, n_ctx, 1)
