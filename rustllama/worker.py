@@ -180,7 +180,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
         try:
             if self._refusing > _REFUSED_AT_ONCE:
                 client.hurry()
-            self.handle_error(None, client, None, error)
+            if self.app.tls is None:  # else a handshake would have to come first, which costs more than all the rest
+                self.handle_error(None, client, None, error)
             client.close()
         finally:
             self._refusing -= 1

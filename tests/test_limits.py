@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from tests.conftest import Server, start_server
-from tests.test_serve import DEADLINE_S, ask, lines, started, stream, until
+from tests.test_serve import DEADLINE_S, ask, lines, resources, started, stream, until
 from tests.toys import LLAMA, write_toy
 
 LIMIT_S = 0.3
@@ -163,6 +163,7 @@ def small(tmp_path: Path) -> Iterator[Server]:
 def test_a_connection_too_many_is_told_so_at_once(small: Server) -> None:
     clients = [connect(small) for _ in range(4)]
     with connect(small) as surplus:
+        surplus.sendall(CHAT_HEAD + SIZED + bytes(50_000))
         head, body = answer(surplus)
     assert head.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nRetry-After: 2\r\n" in head
@@ -176,6 +177,7 @@ def test_many_that_are_refused_do_not_keep_others_from_being_refused(small: Serv
     clients = [connect(small) for _ in range(300)]
     ready = sum(bool(select.select([client], [], [], DEADLINE_S)[0]) for client in clients[4:])
     assert ready == 296
+    assert resources(small)[1] < 150  # those that linger are few
     for client in clients:
         client.close()
     until(lambda: healthy(small))

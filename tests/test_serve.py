@@ -266,7 +266,7 @@ def test_a_conversation_goes_on_where_it_was_after_a_restart(tmp_path: Path, slo
 def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy_server: Server) -> None:
     """A tenth of the thousand that `rustllama bench --leave 1000` makes."""
     stream(toy_server, 5).content  # noqa: B018 - the model and the threads are there now
-    threads, sockets = _resources(toy_server)
+    threads, sockets = resources(toy_server)
 
     def leave(_: int) -> None:
         response = stream(toy_server, 1000)
@@ -276,10 +276,10 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy_server: Serve
     with ThreadPoolExecutor(8) as clients:
         list(clients.map(leave, range(100)))
     until(lambda: loaded(toy_server)["running"] + loaded(toy_server)["queued"] == 0)
-    until(lambda: _resources(toy_server)[0] <= threads and _resources(toy_server)[1] <= sockets)
+    until(lambda: resources(toy_server)[0] <= threads and resources(toy_server)[1] <= sockets)
 
 
-def _resources(server: Server) -> tuple[int, int]:
+def resources(server: Server) -> tuple[int, int]:
     """Threads and sockets of the worker."""
     process = Path(f"/proc/{server.worker_pid}")
     sockets = sum(_is_socket(fd) for fd in (process / "fd").iterdir())
