@@ -82,8 +82,8 @@ class Restarts:
     failures: int = 0  # in a row
     not_before_s: float = 0.0
 
-    def ended(self, code: int, *, ready: bool) -> None:
-        self.served = self.served or ready
+    def ended(self, code: int, *, ready: bool, others_serve: bool = False) -> None:
+        self.served = self.served or ready or others_serve
         if ready or not code:
             self.failures = 0
             return

@@ -117,7 +117,8 @@ class _Master(Arbiter):  # type: ignore[misc]
     def _ended(self, worker: Worker, code: int) -> None:
         worker.tmp.close()
         death = Death(worker.pid, code, worker.black_box.read(), impatience=worker.aborted)
-        self._restarts.ended(code, ready=death.evidence.ready)
+        others_serve = any(other.black_box.read().ready for other in self.WORKERS.values())
+        self._restarts.ended(code, ready=death.evidence.ready, others_serve=others_serve)
         if worker.age == self.app.announcer and not death.evidence.ready:
             self.app.announcer = self.worker_age + 1
         if code:

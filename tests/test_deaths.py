@@ -75,6 +75,13 @@ def test_a_server_that_never_served_gives_up() -> None:
     assert restarts.hopeless
 
 
+def test_a_server_of_which_one_worker_serves_does_not_give_up() -> None:
+    restarts = Restarts(2, Clock())
+    for code in (3, *[-4] * 20):
+        restarts.ended(code, ready=False, others_serve=True)
+        assert not restarts.hopeless
+
+
 def test_an_error_of_python_at_the_first_start_is_final() -> None:
     restarts = Restarts(4, Clock())
     restarts.ended(3, ready=False)

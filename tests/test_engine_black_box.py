@@ -91,15 +91,11 @@ def test_last_words_are_of_the_requests_that_run(box: BlackBox) -> None:
 
 
 def test_a_model_is_marked_until_its_first_token(box: BlackBox) -> None:
-    witness, running = Witness(box, record_named("toy")), [sequence("a")]
-    mark = Mark("toy", "0" * 64, FileIdentity(1, 2, 3, 4))
+    witness, mark = Witness(box, record_named("toy")), Mark("toy", "0" * 64, FileIdentity(1, 2, 3, 4))
     assert box.read().marks == (mark,)
     witness.loaded()
-    witness.works_for(running)
-    witness.rests()
     assert box.read().marks == (Mark(mark.model, mark.digest, mark.identity, loaded=True),)
-    running[0].first_token_ns = 1
-    witness.rests()
+    witness.unmark()
     assert box.read().marks == ()
 
 
@@ -117,8 +113,9 @@ def test_an_engine_is_marked_until_it_has_computed(box: BlackBox, toys: dict[str
     engine = engines(record(toys["llama"]), LoadOptions(), MemoryPlan(512, 2, 0))
     assert [mark.loaded for mark in box.read().marks] == [True]
     last(engine, ask(1, max_tokens=1))
-    until_idle(engine)
     assert box.read().marks == ()
+    until_idle(engine)
+    assert box.read().call is None
     engine.close()
 
 

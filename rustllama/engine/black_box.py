@@ -81,7 +81,7 @@ class BlackBox:
         self._marks.write(tuple(self._marked.values()))
 
     def works_for(self, model: str, running: list[Sequence]) -> None:
-        """Before a step. Models take turns: this one has it until another comes, or nothing is left to do."""
+        """Before a step. Models take turns, so that this one alone computes until `rests`."""
         if self._computing != (model, running):
             self._words.write("")
             self._call.write(Call(model, [sequence.request.id for sequence in running]))
@@ -98,12 +98,11 @@ class BlackBox:
 
 
 class Witness:
-    """One model's entries in the box, from before its load until `close`. Its mark goes with its first token."""
+    """One model's entries in the box; marked from before its load until its first token."""
 
     def __init__(self, box: BlackBox, record: ModelRecord) -> None:
         self._box = box
         self._model = record.name
-        self._running: list[Sequence] = []
         self._mark: Mark | None = Mark(record.name, record.digest, record.identity)
         box.mark(self, self._mark)
 
@@ -113,25 +112,19 @@ class Witness:
             self._mark = msgspec.structs.replace(self._mark, loaded=True)
             self._box.mark(self, self._mark)
 
+    def unmark(self) -> None:
+        """Its first token is there, or it could not be loaded, or it is gone."""
+        if self._mark is not None:
+            self._mark = None
+            self._box.mark(self, None)
+
     def works_for(self, running: list[Sequence]) -> None:
-        """Before a step; nobody may change the list later."""
-        self._look_for_a_token()
-        self._running = running
+        """Before a step in its turn; nobody may change the list later."""
         self._box.works_for(self._model, running)
 
     def rests(self) -> None:
-        """After the last step there is."""
-        self._look_for_a_token()
+        """At the end of its turn."""
         self._box.rests()
-
-    def _look_for_a_token(self) -> None:
-        if self._mark is not None and any(sequence.first_token_ns for sequence in self._running):
-            self.close()
-
-    def close(self) -> None:
-        """The model computed, is gone, or could not be loaded."""
-        self._mark = None
-        self._box.mark(self, None)
 
 
 class _Value(Generic[T]):

@@ -110,7 +110,7 @@ class LlamaEngine:
         self._lanes: list[Lane] = []  # the usual one first
         self._witness = Witness(shared.box, record)
         with ExitStack() as undo:
-            undo.callback(self._witness.close)
+            undo.callback(self._witness.unmark)
             self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap, tell=tell)
             undo.callback(self._model.close)
             self._lanes.append(self._open(plan.n_ctx, plan.n_slots))
@@ -172,7 +172,7 @@ class LlamaEngine:
         for lane in self._lanes:
             lane.close()
         bridge.offload(self._model.close)
-        self._witness.close()
+        self._witness.unmark()
         bridge.spawn(lambda: self._shared.disk.flush(self._digest))
 
     def check_integrity(self) -> None:

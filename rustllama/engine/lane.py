@@ -60,7 +60,7 @@ class Lane:
         self._granted = bridge.Event()
         self._claim = Claim(share, self._granted.set)
         self._context = context
-        self._relay: bridge.Relay[Deltas] = bridge.Relay(_deliver)
+        self._relay: bridge.Relay[Deltas] = bridge.Relay(self._deliver)
         self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
         self._scheduler = scheduler
         self._witness = witness
@@ -117,6 +117,13 @@ class Lane:
         limited = 0 < timeout_s < FOREVER
         timer = bridge.Timer(timeout_s, lambda: self._expire(sequence)) if limited else None
         return LaneStream(self, sequence, mailbox, timer)
+
+    def _deliver(self, deltas: Deltas) -> None:
+        if deltas:
+            self._witness.unmark()
+        for sequence, delta in deltas:
+            if delta.text or delta.finish is not None:
+                sequence.outlet.put(delta)
 
     def progress(self, sequence: Sequence) -> Progress | None:
         """None where there is nothing to tell."""
@@ -198,7 +205,6 @@ class Lane:
             bridge.spawn(functools.partial(self._fetch, fetches.pop()))
         if batch is None:
             self._work.clear()
-            self._witness.rests()
             return False
         self._witness.works_for(self._scheduler.running)
         self._scheduler.apply(self._native.call(self._runner.run, batch))
@@ -213,6 +219,7 @@ class Lane:
             self._granted.wait()
             yield
         finally:
+            self._witness.rests()
             self._turns.leave(self._claim, time.perf_counter_ns())
 
     def _may_go_on(self) -> bool:
@@ -278,9 +285,3 @@ class LaneStream:
         if self._timer is not None:
             self._timer.close()
         self._lane.cancel(self._sequence)
-
-
-def _deliver(deltas: Deltas) -> None:
-    for sequence, delta in deltas:
-        if delta.text or delta.finish is not None:
-            sequence.outlet.put(delta)
