@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -60,13 +61,22 @@ def start_server(home: Path, *arguments: str, environ: Mapping[str, str] | None 
             text=True,
         )
     assert process.stdout is not None
-    line = process.stdout.readline() if select.select([process.stdout], [], [], READY_S)[0] else ""
+    with selectors.DefaultSelector() as ready:  # select() knows no more than 1,024 files
+        ready.register(process.stdout, selectors.EVENT_READ)
+        line = process.stdout.readline() if ready.select(READY_S) else ""
     found = re.search(r"https?://\S+", line)
     if not found:
         process.kill()
         process.wait()
         raise AssertionError(f"the server did not start: {line}{log.read_text()}")
     return Server(found.group(), home, process, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tidy() -> Iterator[None]:
+    """The databases of a module's registries are closed, one connection for each thread that used them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

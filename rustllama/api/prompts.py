@@ -14,7 +14,7 @@ from rustllama.api.renderer import Renderer
 from rustllama.api.requests import Turn
 from rustllama.core import ContextShift, Engine, ModelRecord, Span
 from rustllama.engine import context_shift
-from rustllama.errors import ContextExceeded
+from rustllama.errors import ContextExceeded, TemplateRefused
 from rustllama.templates import Messages, TemplateSource
 
 _KEPT_TEMPLATES = 16
@@ -171,6 +171,10 @@ def _fit(text: _Text, job: Job, engine: Engine, num_ctx: int) -> tuple[int, tupl
     if size_bytes > most_bytes:
         raise _too_long(f"about {size_bytes} bytes", num_ctx)
     start = starts[cut(lambda start: len(tokens(start)), starts, num_ctx - 1, max(1, num_ctx // _STEPS))]
+    if not tokens(start):
+        raise TemplateRefused(
+            "The prompt is empty for this model: its template or its vocabulary drops all that was said."
+        )
     if len(tokens(start)) >= num_ctx:
         raise _too_long(f"{len(tokens(start))} tokens", num_ctx)
     return start, tokens(start)
