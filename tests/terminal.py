@@ -6,7 +6,7 @@ import fcntl
 import os
 import pty
 import re
-import select
+import selectors
 import struct
 import subprocess
 import sys
@@ -81,8 +81,10 @@ class Terminal:
 
     def read_some(self, timeout_s: float = 0.01) -> bytes:
         """What came, at once; nothing at the end, and nothing for too long."""
-        if not select.select([self._screen], [], [], timeout_s)[0]:
-            return b""
+        with selectors.DefaultSelector() as ready:  # select() knows no more than 1,024 files
+            ready.register(self._screen, selectors.EVENT_READ)
+            if not ready.select(timeout_s):
+                return b""
         with suppress(OSError):  # Linux's way to say that the other side is closed
             piece = os.read(self._screen, 65536)
             self.raw += piece
