@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.mutants import NAMED, Parts, named, seeded
 from tests.toys import CHATML, LLAMA, write_toy
 
 PATIENCE_S = 60
-SEEDED = 20  # a sample; `tox -e hazards` takes 3,000
+SEEDED = int(os.environ.get("MUTANTS", "20"))
 
 
 @pytest.fixture(scope="module")
