@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -65,11 +64,14 @@ def compare(path: Path, plan: Plan, pairs: int) -> Comparison:
     The private server takes its settings from the environment; what that leaves open is made as the bare loop has it:
     a slot for each stream, and a context that just holds its tokens.
     """
-    os.environ.setdefault("RUSTLLAMA_SLOTS", str(plan.concurrency))
-    os.environ.setdefault("RUSTLLAMA_NUM_CTX", str(plan.prompt_tokens + plan.answer_tokens + _TEMPLATE_TOKENS))
+    num_ctx = plan.prompt_tokens + plan.answer_tokens + _TEMPLATE_TOKENS
+    like_bare = {"RUSTLLAMA_SLOTS": str(plan.concurrency), "RUSTLLAMA_NUM_CTX": str(num_ctx)}
     together: list[Pair] = []
     whole: list[Pair] = []
-    with tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder, private_server(Home(Path(folder))) as client:
+    with (
+        tempfile.TemporaryDirectory(prefix="rustllama-bench-") as folder,
+        private_server(Home(Path(folder)), like_bare) as client,
+    ):
         client.create(MODEL_NAME, str(path.absolute()))
         asked = replace(plan, url=client.url, api_key=client.api_key, api="rustllama", model=MODEL_NAME)
         load = LoadRun(replace(asked, requests=plan.concurrency))

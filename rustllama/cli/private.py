@@ -7,9 +7,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import IO
 
 import rustllama
@@ -21,17 +22,19 @@ from rustllama.keys import new_secret
 _URL = re.compile(rb"https?://\S+")
 _LOG = "private-server.log"
 _GOODBYE_S = 5.0
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @contextlib.contextmanager
-def private_server(home: Home) -> Iterator[Client]:
+def private_server(home: Home, defaults: Mapping[str, str] = _NOTHING) -> Iterator[Client]:
     """The client of a server on a free loopback port, which wants an API key that this client has.
 
     It ends when its standard input closes, whatever ends the console. It leads a session of its own, so neither Ctrl+C
-    nor a closed terminal reaches it. Raises RustllamaError with the last line of its log where it does not start.
+    nor a closed terminal reaches it. `defaults` are settings that the environment may overrule. Raises RustllamaError
+    with the last line of its log where it does not start.
     """
     secret = new_secret()
-    process = _started(home, secret)
+    process = _started(home, secret, defaults)
     assert process.stdin is not None
     try:
         url = _url(process)
@@ -45,7 +48,7 @@ def private_server(home: Home) -> Iterator[Client]:
             process.wait(_GOODBYE_S)
 
 
-def _started(home: Home, secret: str) -> subprocess.Popen[bytes]:
+def _started(home: Home, secret: str, defaults: Mapping[str, str]) -> subprocess.Popen[bytes]:
     environ = {
         "RUSTLLAMA_HOME": str(home.path),
         "RUSTLLAMA_HOST": "127.0.0.1:0",
@@ -66,7 +69,7 @@ def _started(home: Home, secret: str) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=log,
             cwd=Path(rustllama.__file__).parent.parent,  # `-m` would import from the user's folder first
-            env={**os.environ, **environ},
+            env={**defaults, **os.environ, **environ},
             start_new_session=True,
         )
 
