@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import pytest
 import requests
 
 from tests.conftest import Server, start_server
+from tests.hazards import times
 from tests.mutants import NAMED, Parts, named, seeded
 from tests.toys import CHATML, LLAMA, write_toy
 
 PATIENCE_S = 60
-SEEDED = int(os.environ.get("MUTANTS", "20"))
+SEEDED = times(3_000, 20)
 
 
 @pytest.fixture(scope="module")
