@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -52,7 +52,6 @@ _MIGRATIONS = (  # the database's user_version is the number of those that ran
 )
 
 
-_Records = list[ModelRecord]
 _ApiKeys = list[ApiKey]
 _log = logging.getLogger("rustllama.registry")
 
@@ -121,6 +120,16 @@ def examine(name: str, path: Path) -> ModelRecord:
     return ModelRecord(name, str(path), timestamp(), gguf.digest(info), identity, info)
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All models, and in sentences what is lost: databases that were moved aside and not yet deleted, and entries that
+    cannot be read.
+    """
+
+    models: tuple[ModelRecord, ...]
+    warnings: tuple[str, ...]
+
+
 class Registry:
     """Each thread has a connection of its own."""
 
@@ -151,18 +160,18 @@ class Registry:
             raise ModelNotFound(f"model '{name.strip()[:_LONGEST_NAME]}' not found: {known}")
         return self._record(row)
 
-    def list(self) -> _Records:
+    def list(self) -> Listing:
         """The newest first, `demo` last: clients take the first for their default. What cannot be read is left out."""
-        return [entry for entry in self._entries() if isinstance(entry, ModelRecord)]
-
-    def warnings(self) -> tuple[str, ...]:
-        """What is lost: databases that were moved aside and not yet deleted, and entries that cannot be read."""
+        entries = list(self._entries())
         moved = [
             f"The registry was damaged and is {path} now, and a new one was begun: create models and API keys again, "
             "and delete that file, which ends this warning."
             for path in self._database.moved_aside()
         ]
-        return (*moved, *(str(entry) for entry in self._entries() if isinstance(entry, InternalError)))
+        return Listing(
+            tuple(entry for entry in entries if isinstance(entry, ModelRecord)),
+            (*moved, *(str(entry) for entry in entries if isinstance(entry, InternalError))),
+        )
 
     def put(self, record: ModelRecord) -> None:
         """Registers it, or replaces what had the name. Raises BadRequest for a bad name."""

@@ -86,7 +86,7 @@ def _prompt(template: ChatTemplate, order: Order, index: int) -> tuple[Span, ...
         raise TemplateRefused("The chat template writes half a character (a lone surrogate): correct it.") from None
     if size_bytes > order.limit_bytes:
         raise TemplateRefused(
-            f"The chat template writes {size_bytes} bytes for these messages, far more than the context holds: "
+            f"The chat template writes {size_bytes} bytes for these messages, more than the context can hold: "
             "ask for a larger 'num_ctx', or use another template."
         )
     return spans

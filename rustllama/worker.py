@@ -200,7 +200,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
                 _log.error("--load %s: %s", name, error)
 
     def _announce(self) -> None:
-        count = len(bridge.offload(self.app.registry.list))
+        count = len(bridge.offload(self.app.registry.list).models)
         models = "1 model" if count == 1 else f"{count} models"
         print(f"rustllama {__version__} is ready at {self.app.url} with {models} registered.")
         print("Try: rustllama run", flush=True)

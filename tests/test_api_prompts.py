@@ -109,7 +109,7 @@ def test_a_prompt_of_too_many_bytes_is_not_even_tokenized(house: House) -> None:
 def test_a_prompt_that_its_template_makes_too_long_is_not_tokenized(house: House) -> None:
     template = "{% for _ in range(1000) %}{{ messages[0].content }}{% endfor %}"
     body = {"model": "toy", "prompt": "abcdefgh", "template": template, "options": {"num_ctx": 64}}
-    assert "8000 characters" in refused(house.post("/api/generate", **body), 400)
+    assert "writes 8000 bytes" in refused(house.post("/api/generate", **body), 400)
     assert house.engines.last.prompts == []
 
 

@@ -56,12 +56,12 @@ def test_a_damaged_database_is_moved_aside_and_a_new_one_begins(
         (aside,) = moved_aside(path)
         assert aside.read_bytes() == spoilt
         assert str(aside) in caplog.text
-        (warning,) = registry.warnings()
+        (warning,) = registry.list().warnings
         assert f"damaged and is {aside} now" in warning
     with closing(reopened(path)) as registry:
-        assert (names(registry), len(registry.warnings())) == (["b"], 1)
+        assert (names(registry), len(registry.list().warnings)) == (["b"], 1)
         aside.unlink()
-        assert registry.warnings() == ()
+        assert registry.list().warnings == ()
 
 
 def test_the_log_of_a_damaged_database_moves_with_it(path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_log_of_a_damaged_database_moves_with_it(path: Path) -> None:
 
 def test_a_database_that_is_whole_stays(path: Path) -> None:
     with closing(reopened(path)) as registry:
-        assert (names(registry), registry.warnings()) == (["a"], ())
+        assert (names(registry), registry.list().warnings) == (["a"], ())
 
 
 STARTER = """

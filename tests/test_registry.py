@@ -72,7 +72,7 @@ def other(tmp_path: Path, registry: Registry) -> Iterator[sqlite3.Connection]:
 
 
 def names(registry: Registry) -> list[str]:
-    return [entry.name for entry in registry.list()]
+    return [entry.name for entry in registry.list().models]
 
 
 def test_what_was_put_comes_back(registry: Registry) -> None:
@@ -242,10 +242,10 @@ def test_an_unreadable_entry_does_not_hide_the_others(registry: Registry, other:
     other.execute("UPDATE model SET info = '{}'")
     registry.put(record("b"))
     assert names(registry) == ["b"]
-    (warning,) = registry.warnings()
+    (warning,) = registry.list().warnings
     assert "says of 'a' cannot be read" in warning
     registry.put(record("a"))
-    assert (names(registry), registry.warnings()) == (["a", "b"], ())
+    assert (names(registry), registry.list().warnings) == (["a", "b"], ())
 
 
 def test_a_record_is_renewed_where_it_still_stands(registry: Registry) -> None:
@@ -272,7 +272,7 @@ def test_threads_have_connections_of_their_own(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(registry.list()) == 4
+    assert len(registry.list().models) == 4
     registry.close()
 
 

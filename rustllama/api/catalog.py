@@ -16,7 +16,7 @@ from rustllama.core import FileIdentity, ModelRecord
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadModelFile, InternalError, ModelNotFound, Unavailable
 from rustllama.probe import prove
-from rustllama.registry import Registry, examine
+from rustllama.registry import Listing, Registry, examine
 from rustllama.settings import Settings
 from rustllama.verdicts import Verdicts
 
@@ -49,13 +49,12 @@ class Catalog:
         self._proving = RLock()  # one at a time: each takes the memory of its model, and one of few threads
         self._writing = RLock()  # likewise: where the database is locked, each waits in its thread
 
-    def list(self) -> list[ModelRecord]:
-        """Those that the request's key may use."""
-        return [record for record in offload(self._registry.list) if may_use(record.name)]
-
-    def warnings(self) -> tuple[str, ...]:
-        """What the registry lost, in sentences."""
-        return offload(self._registry.warnings)
+    def list(self) -> Listing:
+        """The models that the request's key may use; what the registry lost is told to who may use all."""
+        found = offload(self._registry.list)
+        if may_use_all():
+            return found
+        return Listing(tuple(record for record in found.models if may_use(record.name)), ())
 
     def get(self, name: str) -> ModelRecord:
         """Raises ModelNotFound, and Forbidden where the request's key is for other models: so do all that follow."""
@@ -98,7 +97,7 @@ class Catalog:
 
     def _let_go(self, record: ModelRecord) -> None:
         """Its computed prompts leave too, unless the file has another name."""
-        forget = all(other.digest != record.digest for other in offload(self._registry.list))
+        forget = all(other.digest != record.digest for other in offload(self._registry.list).models)
         self._manager.unload(record, forget=forget)
 
     def _is_unchanged(self, record: ModelRecord) -> bool:

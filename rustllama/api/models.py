@@ -61,12 +61,12 @@ class Models:
         return json_response({"status": "success"})
 
     def list(self) -> Response:
-        listing = {"models": [details.listed(record) for record in self._catalog.list()]}
-        warnings = self._catalog.warnings()
-        return json_response({**listing, "warnings": warnings} if warnings else listing)
+        found = self._catalog.list()
+        listing = {"models": [details.listed(record) for record in found.models]}
+        return json_response({**listing, "warnings": found.warnings} if found.warnings else listing)
 
     def tags(self) -> Response:
-        return json_response({"models": [details.with_tag(record) for record in self._catalog.list()]})
+        return json_response({"models": [details.with_tag(record) for record in self._catalog.list().models]})
 
     def delete(self) -> Response:
         self._catalog.delete(model_name(body()))
@@ -80,7 +80,7 @@ class Models:
         return json_response({"models": [details.running(loaded) for loaded in loaded_models]})
 
     def openai_list(self) -> Response:
-        records = self._catalog.list()
+        records = self._catalog.list().models
         return json_response({"object": "list", "data": [details.openai_model(record) for record in records]})
 
     def openai_show(self, name: str) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,10 +16,8 @@ from rustllama.engine import context_shift
 from rustllama.errors import ContextExceeded, TemplateRefused
 from rustllama.templates import Messages, TemplateSource
 
-_KEPT_TEMPLATES = 16
 # No text has so few tokens. What is longer is not even tokenized: tokenizers take seconds for megabytes.
 _BYTES_PER_TOKEN = 64
-_LARGEST_PROMPT = 2  # times what a context can hold: more does not even leave the process of its template
 # A cut moves by this share of the context, so that the next turns begin with the same text and reuse it.
 _STEPS = 4
 
@@ -62,34 +59,25 @@ class _Template:
 
 
 class Prompts:
-    """Keeps the templates of the models that were used last, as what they are compiled from."""
-
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
-        self._sources: OrderedDict[str, TemplateSource] = OrderedDict()
 
     def expect(self, job: Job, record: ModelRecord) -> None:
         """Prepares for `build`, while the model is loaded."""
         if job.raw_prompt is None:
-            self._renderer.expect(self._source(job, record), brought=job.template is not None)
+            self._renderer.expect(_source(job, record), brought=job.template is not None)
 
     def build(self, job: Job, record: ModelRecord, engine: Engine, num_ctx: int) -> Prompt:
         """Raises TemplateRefused, and ContextExceeded for what does not fit or may not be shortened."""
         if job.raw_prompt is not None:
             return _raw(job, job.raw_prompt, engine, num_ctx)
-        source, limit_bytes = self._source(job, record), _LARGEST_PROMPT * _BYTES_PER_TOKEN * num_ctx
+        source, limit_bytes = _source(job, record), _BYTES_PER_TOKEN * num_ctx
         render = partial(self._renderer.render, source, brought=job.template is not None, limit_bytes=limit_bytes)
         return _chat(job, _Template(render, source.template is None), engine, num_ctx)
 
-    def _source(self, job: Job, record: ModelRecord) -> TemplateSource:
-        if job.template is not None:
-            return TemplateSource.of(record.info, job.template)
-        source = self._sources.get(record.digest) or TemplateSource.of(record.info)
-        self._sources[record.digest] = source
-        self._sources.move_to_end(record.digest)
-        if len(self._sources) > _KEPT_TEMPLATES:
-            self._sources.popitem(last=False)
-        return source
+
+def _source(job: Job, record: ModelRecord) -> TemplateSource:
+    return TemplateSource.of(record.info, job.template)
 
 
 def _raw(job: Job, prompt: str, engine: Engine, num_ctx: int) -> Prompt:
@@ -160,11 +148,9 @@ def _fit(text: _Text, job: Job, engine: Engine, num_ctx: int) -> tuple[int, tupl
 
     @cache
     def tokens(start: int) -> tuple[int, ...]:
-        spans = text.render(start)
-        rendered = sum(len(span.text) for span in spans)  # characters; a template can make much of little
-        if rendered > most_bytes:
-            raise _too_long(f"{rendered} characters in its template", num_ctx)
-        return engine.tokenize(spans, add_special=True, as_written=not job.options.reproducible, owner=job.owner)
+        return engine.tokenize(
+            text.render(start), add_special=True, as_written=not job.options.reproducible, owner=job.owner
+        )
 
     starts = text.starts[cut(text.size_bytes, text.starts, most_bytes, most_bytes // _STEPS) :]
     size_bytes = text.size_bytes(starts[0])

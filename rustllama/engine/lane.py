@@ -23,7 +23,7 @@ from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
 from rustllama.settings import FOREVER, Settings
 
-LINGER_S = 0.5
+_LINGER_S = 0.5
 _PATIENCE_S = 0.5
 _MEASURING_MS = 1_500  # in one rest
 _log = logging.getLogger("rustllama.engine")
@@ -193,7 +193,7 @@ class Lane:
         """
         if self._scheduler.only_ended and not self._closing:
             self._work.clear()
-            self._work.wait(LINGER_S)
+            self._work.wait(_LINGER_S)
             self._work.set()
 
     def _step(self) -> bool:

@@ -116,7 +116,7 @@ class Scheduler:
         self._admit(now_ns)
         arrange += tuple(self.sharing.plan(self.slots))
         decode = tuple(self._calls())
-        prompt = tuple(self._chunks(others_wait or bool(decode), now_ns))
+        prompt = tuple(self._chunks(self._target_ms(bool(decode), others_wait), now_ns))
         return Batch(arrange, decode, prompt, bool(self.sharing.followers)) if arrange or decode or prompt else None
 
     def apply(self, outcome: Outcome) -> None:
@@ -190,14 +190,21 @@ class Scheduler:
         held = (i for i, sequence in enumerate(self.slots[slot:]) if sequence is not None)
         return next(held, self.n_slots - slot)
 
-    def _chunks(self, awaited: bool, now_ns: int) -> list[Chunk]:
+    def _target_ms(self, decodes: bool, others_wait: bool) -> float:
+        """What the prompts of a step may take: where streams decode, the rest of the gap between two tokens."""
+        if decodes:
+            return max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms
+        return self.gap_ms if others_wait else _ALONE_MS
+
+    def _chunks(self, target_ms: float, now_ns: int) -> list[Chunk]:
         """The most urgent prompts first. A small piece of another one is left for later: what is longer or shorter than
         the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone.
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self.sharing.followers]
         waiting.sort(key=lambda item: self._urgency_ms(item[1], now_ns))
-        budget = left = self._prompt_budget(awaited, waiting[0][1].computed) if waiting else 0
+        depth = waiting[0][1].computed if waiting else 0
+        budget = left = self.prompt_cost.rows_within(target_ms, depth, self.n_batch)
         chunks = list[Chunk]()
         for slot, sequence in waiting:
             if sequence.request.reproducible:
@@ -210,11 +217,6 @@ class Scheduler:
                 chunks += [Chunk(sequence, slot, count)] if count else []
                 left -= count
         return sorted(chunks, key=lambda chunk: chunk.slot)
-
-    def _prompt_budget(self, awaited: bool, depth: int) -> int:
-        """Tokens: what keeps the gap between two tokens of the running streams near the target."""
-        target_ms = max(self.gap_ms, 2 * self.decode_ms) - self.decode_ms if awaited else _ALONE_MS
-        return self.prompt_cost.rows_within(target_ms, depth, self.n_batch)
 
     def _reach(self, sequence: Sequence) -> int:
         """Tokens to the end of the prompt, or to where others wait to take it over."""
