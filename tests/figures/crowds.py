@@ -15,7 +15,7 @@ import llama_cpp
 
 from rustllama.engine.native import Context, Model
 from tests.conftest import Server
-from tests.figures.serving import ask, compute_s, load, median, serving, words
+from tests.figures.serving import ask, compute_s, load, median, serving, stopped, words
 
 CROWD = 8
 SLOTS = 16
@@ -30,7 +30,7 @@ def retained(path: Path, rounds: int, conversations: int = 64) -> None:
         lengths = {"prompt_tokens": 300, "answer_tokens": 40}
         load(full, path, concurrency=SLOTS, requests=conversations, **lengths)
         for number in range(rounds):
-            rates = [_rate(server, path, seed=number) for server in (full, empty)]
+            rates = _rates(full, empty, path, seed=number)
             print(f"beside {conversations} conversations {rates[0]:.1f} tokens/s, alone {rates[1]:.1f}", flush=True)
             ratios.append(rates[0] / rates[1])
     print(f"beside {conversations} conversations: {median(ratios)} of the rate with none")
@@ -182,13 +182,23 @@ def drafting(path: Path, rounds: int) -> None:
     with serving(path, NUM_CTX=str(_N_CTX)) as on, serving(path, NUM_CTX=str(_N_CTX), SPECULATION="0") as off:
         for number in range(rounds):
             for name, temperature in (("greedy", 0.0), ("random", 2.0)):
-                rates = [_rate(server, path, seed=number, temperature=temperature) for server in (on, off)]
+                rates = _rates(on, off, path, seed=number, temperature=temperature)
                 print(f"{name}: {rates[0]:.1f} tokens/s, without drafts {rates[1]:.1f}", flush=True)
                 ratios[name].append(rates[0] / rates[1])
     for name, found in ratios.items():
         print(f"{name} answers: {median(found)} times the rate without drafts")
 
 
-def _rate(server: Server, path: Path, seed: int, temperature: float = 1.0) -> float:
+def _rates(one: Server, other: Server, path: Path, seed: int, temperature: float = 1.0) -> tuple[float, float]:
+    """Of the same question, each while the other server stands still."""
+    pair = [(one, other), (other, one)]
+    rates = {}
+    for asked, still in reversed(pair) if seed % 2 else pair:
+        with stopped(still):
+            rates[asked.url] = _rate(asked, path, seed, temperature)
+    return rates[one.url], rates[other.url]
+
+
+def _rate(server: Server, path: Path, seed: int, temperature: float) -> float:
     said = words(random.Random(seed), 100)
     return ask(server, path, said, num_predict=300, temperature=temperature, seed=seed).tokens_per_s
