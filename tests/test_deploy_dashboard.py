@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from tests.conftest import Server
+from tests.nginx import DEPLOY, Nginx, needs_nginx
 from tests.scrape import Scrape
-from tests.test_deploy import DEPLOY, Nginx, needs_nginx
 
 DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
