@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rustllama.addresses import Proxies, client_key, is_local
-from rustllama.errors import Busy
+from rustllama.errors import Busy, TooManyRequests
 
 _SPARE_FILES = 256  # the registry, pipes, event loops, and connections that are just being refused
 _log = logging.getLogger("rustllama.serve")
@@ -28,7 +28,7 @@ class Connections:
 
     @contextmanager
     def opened(self, peer: str) -> Iterator[None]:
-        """Counts a connection. Raises Busy."""
+        """Counts a connection. Raises Busy, or TooManyRequests where one client has too many."""
         if self.open >= self._most:
             raise Busy(
                 f"All {self._most} connections of this server are taken: try again soon, or raise "
@@ -46,9 +46,9 @@ class Connections:
 
     @contextmanager
     def asked(self, peer: str, forwarded: str) -> Iterator[str]:
-        """The address of the client that a request comes from; those of a proxy count for their clients. Raises Busy.
+        """The address of the client that a request comes from; those of a proxy count for their clients.
 
-        `forwarded` is X-Forwarded-For.
+        `forwarded` is X-Forwarded-For. Raises TooManyRequests.
         """
         if peer not in self._proxies:
             yield peer
@@ -64,7 +64,7 @@ class Connections:
             return
         key = client_key(client)
         if self.of_client[key] >= self._most_per_client:
-            raise Busy(
+            raise TooManyRequests(
                 f"Your address has {self._most_per_client} connections or requests open: end some, or raise "
                 "RUSTLLAMA_MAX_CONNECTIONS_PER_CLIENT at the server."
             )

@@ -14,7 +14,7 @@ RustllamaError
 ├── MethodNotAllowed         405  method_not_allowed
 ├── TooSlow                  408  request_timeout          the client, not the server
 ├── TooLarge                 413  too_large
-├── TooManyRequests          429  rate_limited             more than an API key's limits allow
+├── TooManyRequests          429  rate_limited             more than an API key or an address may have
 ├── Cancelled                499  cancelled                never sent, only logged
 ├── InternalError            500  internal_error
 ├── Unavailable              503  unavailable              worth another try

@@ -205,7 +205,9 @@ class Settings:
         "connections to a server process before others get 503; less where it may open fewer files",
     )
     max_connections_per_client: int = _setting(
-        _whole(0, 1 << 20), 256, "connections, or requests through a proxy, of one other machine; 0: no limit"
+        _whole(0, 1 << 20),
+        256,
+        "connections, or requests through a proxy, of one other machine before more get 429; 0: no limit",
     )
     proxies: tuple[Network, ...] = _setting(
         _networks, (), "addresses or networks, by comma, of proxies whose X-Forwarded-For and -Proto are believed"

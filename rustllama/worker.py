@@ -30,7 +30,7 @@ from rustllama.client_socket import ClientSocket, Patience
 from rustllama.connections import Connections, affordable
 from rustllama.engine.black_box import BlackBox
 from rustllama.engine.manager import EngineManager
-from rustllama.errors import BadRequest, Busy, InternalError, RustllamaError, TooSlow
+from rustllama.errors import BadRequest, Busy, InternalError, RustllamaError, TooManyRequests, TooSlow
 
 _NOTIFY_S = 1.0  # Gunicorn's master waits for a sign of life
 _POLL_S = 0.02
@@ -171,10 +171,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
         try:
             with self._connections.opened(addr[0]):
                 self.handle(listener, raw, addr)
-        except Busy as error:
+        except (Busy, TooManyRequests) as error:
             self._refuse(raw, error)
 
-    def _refuse(self, raw: Any, error: Busy) -> None:
+    def _refuse(self, raw: Any, error: Busy | TooManyRequests) -> None:
         client = ClientSocket(raw, self._patience)
         self._refusing += 1
         try:

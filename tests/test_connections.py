@@ -13,7 +13,7 @@ from gunicorn.http.unreader import IterUnreader
 
 from rustllama.addresses import Proxies, client_key, is_local
 from rustllama.connections import Connections
-from rustllama.errors import Busy, SettingError
+from rustllama.errors import Busy, SettingError, TooManyRequests
 from rustllama.settings import FOREVER, Settings
 
 PROXIES = Proxies((ip_network("10.0.0.0/8"), ip_network("fd00::/8")))
@@ -74,10 +74,16 @@ def test_each_client_may_have_so_many_connections_and_this_machine_any() -> None
     with ExitStack() as held:
         for peer in ("203.0.113.7", "203.0.113.7", "203.0.113.8", "127.0.0.1", "127.0.0.1", "127.0.0.1"):
             held.enter_context(connections.opened(peer))
-        with pytest.raises(Busy, match="RUSTLLAMA_MAX_CONNECTIONS_PER_CLIENT"):
+        with pytest.raises(TooManyRequests, match="RUSTLLAMA_MAX_CONNECTIONS_PER_CLIENT"):
             held.enter_context(connections.opened("203.0.113.7"))
         assert connections.open == 6
     assert (connections.open, dict(connections.of_client)) == (0, {})
+
+
+def test_a_server_that_is_full_is_nobodys_own_fault() -> None:
+    connections = Connections(1, 1, PROXIES)
+    with connections.opened("203.0.113.7"), pytest.raises(Busy, match="RUSTLLAMA_MAX_CONNECTIONS "):
+        connections.opened("203.0.113.7").__enter__()
 
 
 def test_zero_is_no_limit_for_a_client() -> None:
@@ -93,7 +99,7 @@ def test_connections_of_a_proxy_are_not_its_own_and_its_requests_are_their_clien
         held.enter_context(connections.opened("10.0.0.1"))
         held.enter_context(connections.opened("10.0.0.1"))
         assert held.enter_context(connections.asked("10.0.0.1", "203.0.113.7")) == "203.0.113.7"
-        with pytest.raises(Busy):
+        with pytest.raises(TooManyRequests):
             held.enter_context(connections.asked("10.0.0.1", "203.0.113.7"))
         assert held.enter_context(connections.asked("203.0.113.7", "203.0.113.8")) == "203.0.113.7"
     assert (connections.open, dict(connections.of_client)) == (0, {})

@@ -194,12 +194,15 @@ def test_a_client_behind_a_proxy_has_a_limit_of_its_own(small: Server) -> None:
     asking = [connect(small) for _ in range(2)]
     for client in asking:
         client.sendall(CHAT_HEAD + b"X-Forwarded-For: 192.0.2.1, 203.0.113.7\r\n" + SIZED)
-    until(lambda: not healthy(small, **{"X-Forwarded-For": "203.0.113.7"}))
+    theirs = {"X-Forwarded-For": "203.0.113.7"}
+    until(lambda: not healthy(small, **theirs))
+    refused = requests.get(small.url + "/health", headers=theirs, timeout=DEADLINE_S)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert healthy(small, **{"X-Forwarded-For": "203.0.113.7, 192.0.2.1"})
     assert healthy(small)
     for client in asking:
         client.close()
-    until(lambda: healthy(small, **{"X-Forwarded-For": "203.0.113.7"}))
+    until(lambda: healthy(small, **theirs))
     until(lambda: "GET /health 200" in small.log.read_text() and " client=203.0.113.7" in small.log.read_text())
 
 
