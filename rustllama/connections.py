@@ -77,6 +77,24 @@ class Connections:
                 del self.of_client[key]
 
 
+class Refusals:
+    """Strangers may be refused thousands of times a second: they are counted by the reason, and told in one line."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def note(self, reason: str) -> None:
+        """`reason` is one of few, and none of a client's own words."""
+        self._counts[reason] += 1
+
+    def tell(self) -> None:
+        """Logs what was noted since the last time, if anything."""
+        if self._counts:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in self._counts.most_common())
+            _log.info("refused %d connections or requests: %s", self._counts.total(), reasons)
+            self._counts.clear()
+
+
 def affordable(wanted: int) -> int:
     """As many of these connections as this process may have open files; raises its limit as far as it can and must."""
     needed = wanted + _SPARE_FILES

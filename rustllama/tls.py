@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +23,6 @@ _PLAIN_REFUSAL = (
     % len(_BODY)
     + _BODY
 )
-_log = logging.getLogger("rustllama.serve")
 
 
 def server_context(settings: Settings) -> SSLContext | None:
@@ -56,9 +55,11 @@ def _check_readable(variable: str, path: Path) -> None:
         ) from None
 
 
-def shake_hands(client: Socket, context: SSLContext, timeout_s: float = HANDSHAKE_S) -> SSLSocket | None:
+def shake_hands(
+    client: Socket, context: SSLContext, refused: Callable[[str], None], timeout_s: float = HANDSHAKE_S
+) -> SSLSocket | None:
     """The connection above TLS, called in its greenlet. None, and a closed one, where a stranger does not speak TLS, or
-    nothing in time: that is no fault of ours and only a line in the log.
+    nothing in time: that is no fault of ours, and only `refused` is told why.
     """
     why = "it does not speak TLS"
     try:
@@ -72,7 +73,7 @@ def shake_hands(client: Socket, context: SSLContext, timeout_s: float = HANDSHAK
             client.recv(1 << 20)  # or the answer is lost with what was sent and not read
     except (OSError, gevent.Timeout) as error:
         why = getattr(error, "reason", None) or type(error).__name__
-    _log.info("refused a connection: %s", why)
+    refused(why)
     with suppress(OSError):
         client.close()
     return None

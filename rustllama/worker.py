@@ -27,7 +27,7 @@ from rustllama import __version__, bridge, tls
 from rustllama.addresses import Proxies
 from rustllama.api.failures import plain_failure
 from rustllama.client_socket import ClientSocket, Patience
-from rustllama.connections import Connections, affordable
+from rustllama.connections import Connections, Refusals, affordable
 from rustllama.engine.black_box import BlackBox
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadRequest, Busy, InternalError, RustllamaError, TooManyRequests, TooSlow
@@ -56,6 +56,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._leaving = Event()
         self._serving = False
         self._refusing = 0
+        self._refusals = Refusals()
         settings = self.app.settings
         self._patience = Patience(
             settings.head_timeout, settings.body_timeout, settings.write_timeout, self.cfg.keepalive
@@ -95,6 +96,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         for server in servers:
             server.close()
         self._drain(self.app.settings.drain_timeout)
+        self._refusals.tell()
         _leave()
 
     def _drain(self, timeout_s: float) -> None:
@@ -111,7 +113,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         context = self.app.tls
-        secured = client if context is None else tls.shake_hands(client, context)
+        secured = client if context is None else tls.shake_hands(client, context, self._refusals.note)
         if secured is not None:
             super().handle(listener, ClientSocket(secured, self._patience), addr)
 
@@ -136,7 +138,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         if status == 500:
             _log.error("a request failed outside the application", exc_info=exc)
         else:
-            _log.info("refused a request: %s", type(exc).__name__)
+            self._refusals.note(type(exc).__name__)
         body = plain_failure(error, getattr(req, "path", ""))
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
         if error.retry_after_s is not None:
@@ -182,6 +184,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
                 client.hurry()
             if self.app.tls is None:  # else a handshake would have to come first, which costs more than all the rest
                 self.handle_error(None, client, None, error)
+            else:
+                self._refusals.note(type(error).__name__)
             client.close()
         finally:
             self._refusing -= 1
@@ -189,6 +193,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def _notify_forever(self) -> None:
         while True:
             self.notify()
+            self._refusals.tell()
             gevent.sleep(_NOTIFY_S)
 
     def _preload(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import runpy
 from contextlib import ExitStack
 from ipaddress import ip_network
@@ -12,7 +13,7 @@ from gunicorn.http.message import Request
 from gunicorn.http.unreader import IterUnreader
 
 from rustllama.addresses import Proxies, client_key, is_local
-from rustllama.connections import Connections
+from rustllama.connections import Connections, Refusals
 from rustllama.errors import Busy, SettingError, TooManyRequests
 from rustllama.settings import FOREVER, Settings
 
@@ -103,6 +104,16 @@ def test_connections_of_a_proxy_are_not_its_own_and_its_requests_are_their_clien
             held.enter_context(connections.asked("10.0.0.1", "203.0.113.7"))
         assert held.enter_context(connections.asked("203.0.113.7", "203.0.113.8")) == "203.0.113.7"
     assert (connections.open, dict(connections.of_client)) == (0, {})
+
+
+def test_any_number_of_refusals_is_one_line_and_none_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    refusals = Refusals()
+    for reason in ["Busy"] * 5_000 + ["TooSlow"]:
+        refusals.note(reason)
+    refusals.tell()
+    refusals.tell()
+    assert caplog.messages == ["refused 5001 connections or requests: Busy (5000), TooSlow (1)"]
 
 
 def test_limits_are_read_and_zero_seconds_are_no_limit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import socket
 import subprocess
@@ -185,6 +186,8 @@ def test_many_that_are_refused_do_not_keep_others_from_being_refused(small: Serv
     clients = [connect(small) for _ in range(300)]
     assert sum(readable(client, DEADLINE_S) for client in clients[4:]) == 296
     assert resources(small)[1] < 150  # those that linger are few
+    until(lambda: sum(map(int, re.findall(r" refused .*Busy \((\d+)\)", small.log.read_text()))) >= 296)
+    assert small.log.read_text().count(" refused ") < 30
     for client in clients:
         client.close()
     until(lambda: healthy(small))
