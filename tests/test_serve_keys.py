@@ -274,6 +274,22 @@ def test_a_client_that_leaves_in_the_middle_over_tls_ends_its_answer(
     assert server.stop() == 0
 
 
+def test_over_tls_a_connection_too_many_is_closed_without_a_word(certificate: Certificate, tmp_path: Path) -> None:
+    server = start_server(tmp_path / "home", environ={**certificate.environ, "RUSTLLAMA_MAX_CONNECTIONS": "1"})
+
+    def answers() -> bool:
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(server.url + "/health", verify=str(certificate.cert), timeout=WAIT_S).ok
+        return False
+
+    with connect(server), connect(server) as surplus:
+        assert surplus.recv(1) == b""
+        assert not answers()
+    until(answers)
+    until(lambda: "Busy (" in server.log.read_text())
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("damage", ["no cert", "no key", "key alone", "swapped", "garbage"])
 def test_files_that_are_no_certificate_and_key_stop_the_start_with_one_line(
     certificate: Certificate, tmp_path: Path, damage: str
