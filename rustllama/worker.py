@@ -25,6 +25,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from rustllama import __version__, bridge, tls
 from rustllama.addresses import Proxies
+from rustllama.api.catalog import Catalog
 from rustllama.api.failures import plain_failure
 from rustllama.client_socket import ClientSocket, Patience
 from rustllama.connections import Connections, Refusals, affordable
@@ -198,9 +199,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _preload(self) -> None:
         """`--load`: the models are ready before the first request is accepted."""
+        catalog: Catalog = self.wsgi.extensions["rustllama_catalog"]
         for name in self.app.settings.load:
             try:
-                self._manager.acquire(bridge.offload(self.app.registry.get, name)).release()
+                self._manager.acquire(catalog.current(name)).release()
             except RustllamaError as error:
                 _log.error("--load %s: %s", name, error)
 

@@ -215,6 +215,25 @@ def _restore(path: Path, good: Path) -> None:
     shutil.copy(good, path)
 
 
+def test_models_to_load_are_looked_at_first_as_for_a_request(
+    start: Start, tmp_path: Path, toys: dict[str, Path]
+) -> None:
+    first = start()
+    gone, changed = (Path(shutil.copy(toys["llama"], tmp_path / name)) for name in ("gone.gguf", "changed.gguf"))
+    good(create(first, "gone", gone))
+    good(create(first, "changed", changed))
+    before = {model["name"]: model["digest"] for model in listing(first)["models"]}
+    assert first.stop() == 0
+    gone.unlink()
+    shutil.copy(toys["mamba"], changed)
+    server = start(RUSTLLAMA_LOAD="gone,changed")
+    assert f"--load gone: There is no file at {gone}" in server.log.read_text()
+    (loaded,) = ask(server, "GET", "/api/ps").json()["models"]
+    assert (loaded["name"], loaded["details"]["family"]) == ("changed:latest", "mamba")
+    after = {model["name"]: model["digest"] for model in listing(server)["models"]}
+    assert (after["changed"] == before["changed"], after["gone"] == before["gone"]) == (False, True)
+
+
 def test_a_file_system_that_hangs_holds_up_nobody_else(
     own_server: Server, tmp_path: Path, toys: dict[str, Path]
 ) -> None:

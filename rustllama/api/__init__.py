@@ -32,7 +32,8 @@ def create_app(
     engine_factory: EngineFactory | None = None,
     black_box: BlackBox | None = None,
 ) -> Flask:
-    """The application of one process, with its engine manager in `extensions["rustllama"]`.
+    """The application of one process, with its engine manager in `extensions["rustllama"]` and its catalog in
+    `extensions["rustllama_catalog"]`.
 
     Called in the process that serves. `black_box` is read by who watches over it. Raises SettingError where the
     registry cannot be opened.
@@ -50,7 +51,7 @@ def create_app(
         renderer.start()  # while the models are loaded
     answers = Answers(catalog, manager, Prompts(renderer), engine_factory.tally, settings)
     app = Flask("rustllama", static_folder=None)
-    app.extensions["rustllama"] = manager
+    app.extensions |= {"rustllama": manager, "rustllama_catalog": catalog}
     app.url_map.merge_slashes = False  # a redirect would be HTML
     app.wsgi_app = AccessLog(app.wsgi_app, engine_factory.tally)  # type: ignore[method-assign]
     failures.install(app)
