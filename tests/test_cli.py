@@ -256,3 +256,10 @@ def test_the_consoles_files_are_its_owners_alone(tmp_path: Path) -> None:
 def test_a_state_folder_that_cannot_be_is_no_reason_not_to_answer(fake: StandIn, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert rustllama(fake, tmp_path / "file", "run", "demo", "hello").stdout == "Hello there.\n"
+
+
+def test_an_option_that_there_is_not_is_no_model(fake: StandIn) -> None:
+    found = in_process(fake, "run", "--verbos", "demo")
+    assert found.exit_code == 2
+    assert "No such option" in found.output
+    assert fake.seen == []

@@ -40,6 +40,8 @@ def run(model: str | None, prompt: tuple[str, ...], verbose: bool) -> None:
     from rustllama.cli.chat import Chat
     from rustllama.cli.pick import pick_model
 
+    if model is not None and model.startswith("-"):  # a prompt may begin so
+        raise click.NoSuchOption(model)
     home = Home(Settings.from_env(os.environ).home_path)
     notes = console_on(sys.stderr)
     question = None if sys.stdin.isatty() and not prompt else _question(prompt)
