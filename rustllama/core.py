@@ -234,6 +234,16 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Preset:
+    """What a name adds to its file, like Ollama's Modelfiles: it holds where a request says nothing else."""
+
+    template: str | None = None  # Jinja, in the place of the file's own
+    system: str | None = None
+    parameters: Mapping[str, object] = field(default_factory=dict)  # options of requests, as JSON has them
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRecord:
     """A name in the registry."""
 
@@ -243,3 +253,4 @@ class ModelRecord:
     digest: str  # 64 hexadecimal digits
     identity: FileIdentity
     info: ModelInfo
+    preset: Preset = Preset()

@@ -24,7 +24,7 @@ import msgspec
 import peewee
 
 from rustllama import gguf
-from rustllama.core import FileIdentity, ModelInfo, ModelRecord
+from rustllama.core import FileIdentity, ModelInfo, ModelRecord, Preset
 from rustllama.database import Database
 from rustllama.errors import (
     BadModelFile,
@@ -49,6 +49,7 @@ _MIGRATIONS = (  # the database's user_version is the number of those that ran
     "CREATE TABLE fact (digest TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (digest, name)) WITHOUT ROWID",
     "CREATE TABLE api_key (name TEXT PRIMARY KEY, digest TEXT NOT NULL, created_at TEXT NOT NULL, models TEXT NOT NULL,"
     " rate_per_min INTEGER, concurrency INTEGER, may_manage INTEGER NOT NULL) WITHOUT ROWID",
+    "ALTER TABLE model ADD COLUMN preset TEXT NOT NULL DEFAULT '{}'",
 )
 
 
@@ -57,7 +58,7 @@ _log = logging.getLogger("rustllama.registry")
 
 
 class _Row(peewee.Model):
-    """A model's name; `identity` and `info` are JSON."""
+    """A model's name; `identity`, `info` and `preset` are JSON."""
 
     canonical = peewee.TextField(primary_key=True)
     name = peewee.TextField()
@@ -67,6 +68,7 @@ class _Row(peewee.Model):
     digest = peewee.TextField()
     identity = peewee.TextField()
     info = peewee.TextField()
+    preset = peewee.TextField()
 
 
 class _Fact(peewee.Model):
@@ -172,6 +174,12 @@ class Registry:
             tuple(entry for entry in entries if isinstance(entry, ModelRecord)),
             (*moved, *(str(entry) for entry in entries if isinstance(entry, InternalError))),
         )
+
+    def paths(self) -> set[str]:
+        """All files that names use, all parts of split ones, also those of entries that cannot be read."""
+        with self._door():
+            paths = {str(row.path) for row in self._rows.select(self._rows.path)}
+        return paths.union(*(record.info.parts for record in self.list().models))
 
     def put(self, record: ModelRecord) -> None:
         """Registers it, or replaces what had the name. Raises BadRequest for a bad name."""
@@ -288,6 +296,7 @@ class Registry:
             "digest": record.digest,
             "identity": msgspec.json.encode(record.identity).decode(),
             "info": msgspec.json.encode(record.info).decode(),
+            "preset": msgspec.json.encode(record.preset).decode(),
         }
 
     def _entries(self) -> Iterator[ModelRecord | InternalError]:
@@ -304,9 +313,10 @@ class Registry:
         try:
             identity = msgspec.json.decode(row.identity, type=FileIdentity)
             info = msgspec.json.decode(row.info, type=ModelInfo)
+            preset = msgspec.json.decode(row.preset, type=Preset)
         except msgspec.DecodeError:
             raise InternalError(f"what {self._path} says of '{row.name}' cannot be read; create it again.") from None
-        return ModelRecord(row.name, row.path, row.modified_at, row.digest, identity, info)
+        return ModelRecord(row.name, row.path, row.modified_at, row.digest, identity, info, preset)
 
     def _key(self, row: _KeyRow) -> ApiKey:
         try:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from hashlib import blake2b
 from itertools import product
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 from jinja2 import TemplateError, nodes
@@ -58,12 +58,20 @@ class TemplateSource(msgspec.Struct, frozen=True):
     def of(cls, info: ModelInfo, template: str | None = None) -> TemplateSource:
         """The template of a model's file, or `template` with that model's special tokens."""
         special = info.metadata.get("tokenizer.ggml.control_tokens", [])
-        parts = (
+        return cls._made(
             info.chat_template if template is None else template,
             str(info.metadata.get("tokenizer.ggml.bos_token", "")),
             str(info.metadata.get("tokenizer.ggml.eos_token", "")),
             tuple(map(str, special)) if isinstance(special, list) else (),
         )
+
+    @classmethod
+    def alone(cls, template: str) -> TemplateSource:
+        """A template of which nobody has said yet for which model it is."""
+        return cls._made(template, "", "", ())
+
+    @classmethod
+    def _made(cls, *parts: Any) -> TemplateSource:
         return cls(blake2b(msgspec.msgpack.encode(parts), digest_size=16).digest(), *parts)
 
     @property

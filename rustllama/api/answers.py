@@ -13,7 +13,7 @@ import msgspec
 from rustllama.api.access import Call, call_of
 from rustllama.api.catalog import Catalog
 from rustllama.api.jobs import Job
-from rustllama.api.options import recommended
+from rustllama.api.options import preset, recommended
 from rustllama.api.prompts import Prompt, Prompts
 from rustllama.bridge import watch_client
 from rustllama.core import Delta, FinishReason, GenerateRequest, Loading, ModelRecord, Progress
@@ -90,8 +90,6 @@ class Answers:
     def start(self, job: Job, environ: WSGIEnvironment) -> Answer:
         """Returns with the first event of the answer. Raises what can go wrong until then."""
         call = call_of(environ)
-        if job.options.reproducible is None:
-            job = replace(job, options=msgspec.structs.replace(job.options, reproducible=self._settings.reproducible))
         if call.key is not None and not self._settings.share_prompts:
             job = replace(job, owner=call.key.name)
         answer = Answer(job, call, self._work)
@@ -109,6 +107,7 @@ class Answers:
     def _work(self, job: Job, answer: Answer) -> Work:
         """Loads the model, prepares the prompt, generates."""
         record = self._record(job, answer.call)
+        job = self._completed(job, record)
         self._prompts.expect(job, record)
         lease = answer.held.enter_context((yield from self._lease(job, record)))
         answer.load_ns = lease.load_ns
@@ -137,6 +136,13 @@ class Answers:
         if "completion" not in record.info.capabilities:
             raise Unsupported(f'"{job.model}" does not support chat: it is made for embeddings.', "model")
         return record
+
+    def _completed(self, job: Job, record: ModelRecord) -> Job:
+        """The request's own before what the name adds, before the settings."""
+        job = job.completed(preset(record), record.preset.system)
+        if job.options.reproducible is None:
+            job = replace(job, options=msgspec.structs.replace(job.options, reproducible=self._settings.reproducible))
+        return job
 
     def _lease(self, job: Job, record: ModelRecord) -> Generator[Loading, None, Lease]:
         options = job.options

@@ -7,8 +7,8 @@ from datetime import datetime
 
 import msgspec
 
-from rustllama.api.options import recommended
-from rustllama.core import ModelInfo, ModelRecord
+from rustllama.api.options import preset, recommended
+from rustllama.core import ModelRecord
 from rustllama.engine.lease import LoadedModel
 
 
@@ -60,10 +60,10 @@ def shown(record: ModelRecord) -> dict[str, object]:
     info = record.info
     return {
         "modelfile": f"FROM {record.path}\n",
-        "parameters": _parameters(info),
-        "template": info.chat_template or "",
-        "system": "",
-        "license": info.license or "",
+        "parameters": _parameters(record),
+        "template": record.preset.template or info.chat_template or "",
+        "system": record.preset.system or "",
+        "license": record.preset.license or info.license or "",
         "details": _details(record),
         "model_info": {
             **info.metadata,
@@ -78,10 +78,11 @@ def shown(record: ModelRecord) -> dict[str, object]:
     }
 
 
-def _parameters(info: ModelInfo) -> str:
-    """As in a Modelfile, a line each: what the file recommends."""
-    given = msgspec.structs.asdict(recommended(info))
-    return "".join(f"{name:<30} {value}\n" for name, value in given.items() if value is not None)
+def _parameters(record: ModelRecord) -> str:
+    """As in a Modelfile, a line each: what the name sets, and what the file recommends."""
+    chosen = (msgspec.structs.asdict(options) for options in (recommended(record.info), preset(record)))
+    given = {name: value for options in chosen for name, value in options.items() if value is not None}
+    return "".join(f"{name:<30} {value}\n" for name, value in given.items())
 
 
 def openai_model(record: ModelRecord) -> dict[str, object]:

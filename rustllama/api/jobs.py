@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from rustllama.api.options import Options
 from rustllama.api.requests import Turn
 
@@ -31,6 +33,14 @@ class Job:
             warning = "'progress' is told in a stream only, and was ignored: it needs 'stream': true"
             return replace(self, warnings=(*self.warnings, warning))
         return replace(self, progress=progress)
+
+    def completed(self, options: Options, system: str | None) -> Job:
+        """The same, with what the request leaves open: options, and a system message where there is none."""
+        given = {name: value for name, value in msgspec.structs.asdict(self.options).items() if value is not None}
+        messages = self.messages
+        if system and messages and all(turn["role"] != "system" for turn in messages):
+            messages = ({"role": "system", "content": system}, *messages)
+        return replace(self, options=msgspec.structs.replace(options, **given), messages=messages)
 
     @property
     def is_empty(self) -> bool:

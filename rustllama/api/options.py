@@ -9,7 +9,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from rustllama.api.decoding import Fields, typed
-from rustllama.core import LoadOptions, ModelInfo, SamplingParams
+from rustllama.core import LoadOptions, ModelInfo, ModelRecord, SamplingParams
 from rustllama.errors import BadRequest
 
 # Beyond these ranges llama.cpp wraps round, allocates without end or kills the process.
@@ -94,6 +94,11 @@ def recommended(info: ModelInfo) -> Options:
         return typed(Options, given)
     except BadRequest:
         return Options()
+
+
+def preset(record: ModelRecord) -> Options:
+    """What the model's name adds to its file."""
+    return typed(Options, record.preset.parameters)
 
 
 def read_options(raw: Fields) -> tuple[Options, tuple[str, ...]]:

@@ -77,7 +77,7 @@ class Prompts:
 
 
 def _source(job: Job, record: ModelRecord) -> TemplateSource:
-    return TemplateSource.of(record.info, job.template)
+    return TemplateSource.of(record.info, job.template or record.preset.template)
 
 
 def _raw(job: Job, prompt: str, engine: Engine, num_ctx: int) -> Prompt:

@@ -23,6 +23,7 @@ _KEPT_TEMPLATES = 16
 _KEPT_COSTLY = 256
 _MOST_FAILURES = 2  # in a row, until a template rests
 _REST_S = 60.0
+_CHECKED_BYTES = 1 << 20
 _LONGEST_WAIT_S = 10.0  # for a turn; those before it take at most 2 s each
 
 Rendered = tuple[tuple[Span, ...], ...]
@@ -56,6 +57,11 @@ class Renderer:
         """Starts the helper that `render` will need, without waiting for it."""
         if not source.is_harmless:
             self._lane(source, brought).start()
+
+    def check(self, template: str) -> None:
+        """Raises TemplateRefused for what is no chat template, and what else `render` raises."""
+        question = [{"role": "user", "content": "hello"}]
+        self.render(TemplateSource.alone(template), [question], brought=True, limit_bytes=_CHECKED_BYTES)
 
     def render(
         self, source: TemplateSource, conversations: Sequence[Messages], *, brought: bool, limit_bytes: int
