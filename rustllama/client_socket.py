@@ -38,7 +38,8 @@ class _Phase(enum.Enum):
 class ClientSocket:
     """What Gunicorn reads requests from and writes answers to, in the place of gevent's socket.
 
-    All bytes of a head or a body have one deadline together, however they trickle. Nothing is limited while an answer
+    All bytes of a head or a body have one deadline together, however they trickle; only a body of which the
+    application says that it is large may take any time, as long as it keeps coming. Nothing is limited while an answer
     is being made, nor while the client takes it.
     """
 
@@ -50,11 +51,16 @@ class ClientSocket:
         self._deadline_s = time.monotonic() + patience.head_s
         self._when_late: Callable[[], None] = lambda: None
         self._gone = False
+        self._unhurried = False
 
     def expect_body(self, when_late: Callable[[], None]) -> None:
         """The head is complete. `when_late` is called before TooSlow is raised in whoever reads the body."""
         self._enter(_Phase.BODY, self._patience.body_s)
         self._when_late = when_late
+
+    def expect_large_body(self) -> None:
+        """For the rest of this body the limit is one on silence."""
+        self._unhurried = self._phase is _Phase.BODY
 
     def expect_request(self) -> None:
         """The body is read and the answer is sent."""
@@ -62,7 +68,7 @@ class ClientSocket:
 
     def recv(self, size: int) -> bytes:
         """As of a socket; a client that was idle too long has ended its stream. Raises TooSlow."""
-        left_s = self._deadline_s - time.monotonic()
+        left_s = self._patience.body_s if self._unhurried else self._deadline_s - time.monotonic()
         try:
             if left_s <= 0:
                 return self._late()
@@ -124,6 +130,7 @@ class ClientSocket:
 
     def _enter(self, phase: _Phase, patience_s: float) -> None:
         self._phase = phase
+        self._unhurried = False
         self._deadline_s = time.monotonic() + patience_s
 
     def _late(self) -> bytes:
@@ -132,9 +139,10 @@ class ClientSocket:
         self._when_late()
         what = self._phase.value
         limit_s = self._patience.head_s if self._phase is _Phase.HEAD else self._patience.body_s
+        how = "stopped coming for" if self._unhurried else "took longer than"
         raise TooSlow(
-            f"The {what} of the request took longer than {limit_s:g} s: send it faster, or raise "
-            f"RUSTLLAMA_{what.upper()}_TIMEOUT at the server."
+            f"The {what} of the request {how} {limit_s:g} s: send it faster, or raise RUSTLLAMA_{what.upper()}_TIMEOUT "
+            "at the server."
         )
 
 

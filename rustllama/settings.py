@@ -249,6 +249,11 @@ class Settings:
         return self.home_path / "rustllama.db"
 
     @property
+    def blobs_path(self) -> Path:
+        """The folder of model files that the server keeps itself."""
+        return self.home_path / "models" / "blobs"
+
+    @property
     def prompts_path(self) -> Path:
         """The folder of what `prompt_cache_disk` keeps."""
         return self.home_path / "prompts"

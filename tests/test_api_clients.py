@@ -85,6 +85,42 @@ def test_ollama_lists_shows_and_sees_what_is_loaded(ollama_client: ollama.Client
     assert [model.name for model in ollama_client.ps().models] == ["demo:latest"]
 
 
+def test_ollama_sends_a_file_and_makes_a_model_of_it(
+    server: Server, ollama_client: ollama.Client, toys: dict[str, Path]
+) -> None:
+    digest = ollama_client.create_blob(toys["llama"])
+    assert ollama_client.create_blob(toys["llama"]) == digest
+    made = ollama_client.create("sent", files={"llama.gguf": digest}, system="Be brief.", parameters={"top_k": 3})
+    assert made.status == "success"
+    told = [part.status for part in ollama_client.create("again", from_="sent", stream=True)]
+    assert told[-1] == "success"
+    assert ollama_client.chat("again", QUESTION, options={"num_predict": 3}).eval_count == 3
+    kept = server.home / "models" / "blobs" / digest.replace(":", "-")
+    for name in ("sent", "again"):
+        assert kept.exists()
+        ollama_client.delete(name)
+    assert not kept.exists()
+
+
+def test_ollama_sends_a_file_in_chunks(server: Server, toys: dict[str, Path]) -> None:
+    async def send() -> str:
+        client = ollama.AsyncClient(host=server.url)
+        try:
+            digest = await client.create_blob(toys["mamba"])
+            await client.create("sent", files={"mamba.gguf": digest})
+            await client.delete("sent")
+            return digest
+        finally:
+            await client.close()  # type: ignore[no-untyped-call]
+
+    assert asyncio.run(send()).startswith("sha256:")
+
+
+def test_ollama_hears_what_a_create_cannot_honour(ollama_client: ollama.Client) -> None:
+    with pytest.raises(ollama.ResponseError, match="'adapters' is not supported"):
+        ollama_client.create("x", from_="demo", adapters={"a": "b"})
+
+
 def test_ollama_gets_errors_with_their_status(ollama_client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="model 'x' not found") as missing:
         ollama_client.chat("x", QUESTION)

@@ -22,6 +22,7 @@ import requests
 from rustllama.api.catalog import Catalog
 from rustllama.core import FileIdentity
 from rustllama.errors import Unavailable
+from rustllama.model_files import ModelFiles
 from rustllama.settings import Settings
 from tests.conftest import Server, start_server
 from tests.disks import Disk, hanging
@@ -260,7 +261,9 @@ def test_a_file_that_does_not_answer_is_given_up_and_others_go_on(tmp_path: Path
             go.wait()
         return house.registry.get(path.stem).identity
 
-    catalog = Catalog(Settings(), house.registry, house.manager, identity=identity, patience_s=0.05)
+    catalog = Catalog(
+        Settings(), house.registry, house.manager, ModelFiles(Path("/nowhere")), identity=identity, patience_s=0.05
+    )
     with pytest.raises(Unavailable, match=r"stuck\.gguf does not answer"):
         catalog.current("stuck")
     assert catalog.current("toy").name == "toy"

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "origin", "settings", "core", "keys"), "words"),
     **dict.fromkeys(("gguf", "templates", "template_helper", "database", "registry"), "leaves"),
-    **dict.fromkeys(("probe", "rlimits", "addresses", "verdicts"), "leaves"),
+    **dict.fromkeys(("probe", "rlimits", "addresses", "verdicts", "model_files"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),

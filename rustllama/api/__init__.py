@@ -7,6 +7,7 @@ from flask import Flask
 from rustllama.api import failures
 from rustllama.api.access import AccessLog
 from rustllama.api.answers import Answers
+from rustllama.api.blobs import Blobs
 from rustllama.api.catalog import Catalog
 from rustllama.api.guard import Guard
 from rustllama.api.home import Home
@@ -21,6 +22,7 @@ from rustllama.api.renderer import Renderer
 from rustllama.engine.black_box import BlackBox
 from rustllama.engine.facts import Facts
 from rustllama.engine.manager import EngineFactory, EngineManager
+from rustllama.model_files import ModelFiles
 from rustllama.registry import Registry
 from rustllama.settings import Settings
 
@@ -45,7 +47,8 @@ def create_app(
 
         engine_factory = LlamaEngines(settings, facts, black_box)
     manager = EngineManager(settings, engine_factory, facts)
-    catalog = Catalog(settings, registry, manager)
+    files = ModelFiles(settings.blobs_path)
+    catalog = Catalog(settings, registry, manager, files)
     renderer = Renderer()
     if settings.load:
         renderer.start()  # while the models are loaded
@@ -57,7 +60,7 @@ def create_app(
     failures.install(app)
     Guard(settings, manager, Keys(settings, registry)).install(app)
     metrics = Metrics(manager, engine_factory)
-    dialects = (Models(catalog, manager), Ollama(answers), OpenAI(answers))
-    for endpoints in (Home(manager), *dialects, metrics, OpenAPI(app)):
+    dialects = (Models(catalog, manager, renderer, files), Ollama(answers), OpenAI(answers))
+    for endpoints in (Home(manager), Blobs(files), *dialects, metrics, OpenAPI(app)):
         endpoints.register(app)
     return app

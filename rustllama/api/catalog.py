@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -12,9 +13,10 @@ from typing import ParamSpec, TypeVar
 from rustllama import gguf
 from rustllama.api.keys import check_model, may_use, may_use_all
 from rustllama.bridge import Bulkhead, RLock, offload
-from rustllama.core import FileIdentity, ModelRecord
+from rustllama.core import FileIdentity, ModelRecord, Preset
 from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadModelFile, InternalError, ModelNotFound, Unavailable
+from rustllama.model_files import ModelFiles
 from rustllama.probe import prove
 from rustllama.registry import Listing, Registry, examine
 from rustllama.settings import Settings
@@ -34,6 +36,7 @@ class Catalog:
         settings: Settings,
         registry: Registry,
         manager: EngineManager,
+        files: ModelFiles,
         *,
         identity: Callable[[Path], FileIdentity] = gguf.identity,
         patience_s: float = _PATIENCE_S,
@@ -41,6 +44,7 @@ class Catalog:
         self._registry = registry
         self._verdicts = Verdicts(registry)
         self._manager = manager
+        self._own_files = files
         self._identity = identity
         self._patience_s = patience_s
         self._probe_timeout_s = settings.probe_timeout
@@ -61,7 +65,7 @@ class Catalog:
         with _discreetly(name):
             return offload(self._registry.get, name)
 
-    def create(self, name: str, path: str) -> None:
+    def create(self, name: str, path: str, preset: Preset = Preset()) -> None:  # noqa: B008 - frozen
         """Examines and proves the file, then gives it the name; answers of a model replaced by it end well.
 
         Raises BadModelFile, OutOfMemory, DiskFull, Unavailable or InternalError.
@@ -69,12 +73,12 @@ class Catalog:
         check_model(name)
         record = self._examined(name, Path(os.path.abspath(os.path.expanduser(path))))
         replaced = self._known(name)
-        self._write(self._registry.put, record)
+        self._write(self._put, replace(record, preset=preset))
         if replaced is not None:
             self._let_go(replaced)
 
     def delete(self, name: str) -> None:
-        """Raises ModelNotFound. The file stays."""
+        """Raises ModelNotFound. The file stays, unless it is the server's own and no other name uses it."""
         record = self._known(name)
         with _discreetly(name):
             self._write(self._registry.delete, name)
@@ -90,15 +94,20 @@ class Catalog:
         record = self.get(name)
         return record if self._is_unchanged(record) else self._examined_again(name)
 
+    def _put(self, record: ModelRecord) -> None:
+        with self._own_files.kept(record.info.parts):
+            self._registry.put(record)
+
     def _known(self, name: str) -> ModelRecord | None:
         with suppress(ModelNotFound, InternalError):  # what cannot be read can still be replaced or deleted
             return self.get(name)
         return None
 
     def _let_go(self, record: ModelRecord) -> None:
-        """Its computed prompts leave too, unless the file has another name."""
+        """Its computed prompts leave too, unless the file has another name, and so does a file of the server's own."""
         forget = all(other.digest != record.digest for other in offload(self._registry.list).models)
         self._manager.unload(record, forget=forget)
+        offload(self._own_files.remove_unused, record.info.parts, self._registry.paths)
 
     def _is_unchanged(self, record: ModelRecord) -> bool:
         path = Path(record.path)
@@ -115,7 +124,8 @@ class Catalog:
         with self._examining:  # a crowd of requests proves it once
             record = self.get(name)
             if not self._is_unchanged(record):
-                self._write(self._registry.renew, record, self._examined(record.name, Path(record.path)))
+                examined = self._examined(record.name, Path(record.path))
+                self._write(self._registry.renew, record, replace(examined, preset=record.preset))
             return self.get(name)
 
     def _examined(self, name: str, path: Path) -> ModelRecord:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from flask import Flask, Response, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -15,6 +17,7 @@ from rustllama.errors import BadRequest, Draining
 from rustllama.settings import Settings
 
 _READING = ("GET", "HEAD", "OPTIONS")
+_PIECE_BYTES = 1 << 20
 
 
 class Guard:
@@ -57,3 +60,24 @@ def body() -> Fields:
     if request.content_length is None and len(data) == request.max_content_length:
         raise RequestEntityTooLarge  # of a chunked body, werkzeug keeps what is below the limit and says nothing
     return parse_object(data)
+
+
+def expect_large_body() -> None:
+    """The body of the current request is of any size, and only has to keep coming."""
+    client = request.environ.get("gunicorn.socket")
+    if client is not None:
+        client.expect_large_body()
+
+
+def pieces() -> Iterator[bytes]:
+    """The body of the current request as it comes, of any size. Raises BadRequest where it ends too soon, TooSlow."""
+    expect_large_body()
+    stream, length, received = request.environ["wsgi.input"], request.content_length, 0
+    try:
+        while piece := stream.read(_PIECE_BYTES):
+            received += len(piece)
+            yield piece
+    except (ParseException, OSError) as error:
+        raise BadRequest(f"The body did not come whole: {error}.") from None
+    if length is not None and received < length:
+        raise BadRequest(f"The body ended after {received} of {length} bytes: send it again.")

@@ -23,6 +23,7 @@ _FRESH_S = 1.0  # after which the database is asked again
 _FOR_ALL = ("/", "/health")
 _READING = ("GET", "HEAD")
 _CHATTING = ("/api/chat", "/api/generate", "/api/show", "/v1/chat/completions")
+_MANAGING = ("/api/blobs/<digest>",)  # reading, too: who asks for a digest learns what others have
 _OF_ALL_MODELS = ("/metrics",)
 _BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
 _LOG = logging.getLogger("rustllama")
@@ -158,7 +159,8 @@ def _owner(accounts: Mapping[str, Account]) -> Account:
 
 def _check_rights(key: ApiKey, rule: str) -> None:
     """What is not known to be harmless needs all rights. Raises Forbidden."""
-    if not key.may_manage and request.method not in _READING and rule not in _CHATTING:
+    harmless = rule in _CHATTING or (request.method in _READING and rule not in _MANAGING)
+    if not key.may_manage and not harmless:
         raise Forbidden(f"The API key '{key.name}' may chat and not {request.method[:20]} {request.path[:100]}.")
     if key.models and rule in _OF_ALL_MODELS:
         raise Forbidden(f"The API key '{key.name}' may not GET {rule}, which tells of all models.")

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from werkzeug.routing import Rule
 
 from rustllama import __version__
-from rustllama.api import models, ollama, openai
+from rustllama.api import creation, ollama, openai
 from rustllama.api.options import Options
 from rustllama.api.requests import MOST_ITEMS, Message
 from rustllama.api.streaming import json_response
@@ -67,12 +67,13 @@ _ENDPOINTS: Mapping[str, Endpoint] = {
     "GET /metrics": Endpoint("What the server does and has done, for Prometheus.", answers=(_TEXT,)),
     "GET /openapi.json": Endpoint("This description."),
     "GET /api/version": Endpoint("The level of Ollama's API that is spoken, and rustllama's version."),
-    "POST /api/create": Endpoint("Registers a GGUF file under a name.", (Named, models.CreateBody)),
+    "POST /api/create": Endpoint("Registers a GGUF file under a name.", (Named, creation.CreateBody), _STREAMED),
+    "POST /api/blobs/{digest}": Endpoint("Takes a file, whose SHA-256 is the digest, for /api/create."),
     "GET /api/list": Endpoint("The registered models."),
     "GET /api/tags": Endpoint("The same as Ollama gives them."),
     "GET /api/ps": Endpoint("The models in memory."),
     "POST /api/show": Endpoint("What a model's file says of itself.", (Named,)),
-    "DELETE /api/delete": Endpoint("Deletes a name, and no file.", (Named,)),
+    "DELETE /api/delete": Endpoint("Deletes a name; of files only the server's own, when no name is left.", (Named,)),
     "POST /api/chat": Endpoint("Answers a conversation.", (Named, Said, ollama.ChatBody, Chosen, Kept), _STREAMED),
     "POST /api/generate": Endpoint("Answers a prompt.", (Named, ollama.GenerateBody, Chosen, Kept), _STREAMED),
     "GET /v1/models": Endpoint("The registered models, as OpenAI gives them."),

@@ -70,7 +70,7 @@ def describe(card: ModelCard) -> Iterator[tuple[str, str]]:
 @click.command("rm", epilog="\b\nExample:\n  rustllama rm llama3.2")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def remove(names: tuple[str, ...]) -> None:
-    """Remove names; the files stay."""
+    """Remove names; files of yours stay, those that the server keeps itself go with their last name."""
     client = _client()
     for name in names:
         client.delete(name)
