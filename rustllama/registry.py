@@ -51,7 +51,7 @@ _MIGRATIONS = (  # the database's user_version is the number of those that ran
     " rate_per_min INTEGER, concurrency INTEGER, may_manage INTEGER NOT NULL) WITHOUT ROWID",
     "ALTER TABLE model ADD COLUMN preset TEXT NOT NULL DEFAULT '{}'",
 )
-
+VERSION = len(_MIGRATIONS)
 
 _ApiKeys = list[ApiKey]
 _log = logging.getLogger("rustllama.registry")

@@ -30,7 +30,7 @@ def test_every_path_is_described(house: House, document: dict[str, Any]) -> None
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
     rules = [rule for rule in house.app.url_map.iter_rules() if "<" not in rule.rule]
     there = {(rule.rule, method) for rule in rules for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
-    assert described == there | {("/v1/models/{name}", "GET")}
+    assert described == there | {("/v1/models/{name}", "GET"), ("/api/blobs/{digest}", "POST")}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_every_path_is_described(house: House, document: dict[str, Any]) -> None
         ("/api/chat", {"model", "messages", "stream", "options", "keep_alive", "truncate", "shift", "progress"}),
         ("/api/generate", {"model", "prompt", "system", "template", "raw", "options", "keep_alive"}),
         ("/v1/chat/completions", {"model", "messages", "stream", "max_tokens", "temperature", "stream_options"}),
-        ("/api/create", {"model", "modelpath"}),
+        ("/api/create", {"model", "modelpath", "files", "from", "template", "system", "parameters", "license"}),
     ],
 )
 def test_a_body_has_the_fields_that_are_read(document: dict[str, Any], path: str, fields: set[str]) -> None:

@@ -24,7 +24,7 @@ LAYERS = {
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "cli", "__main__"), "console"),
-    **dict.fromkeys(("bench", "demo", "probe_child", "template_child"), "tools"),
+    **dict.fromkeys(("bench", "demo", "doctor", "probe_child", "template_child"), "tools"),
     **dict.fromkeys(("serve", "deaths", "worker", "tls", "gunicorn_conf", "connections", "client_socket"), "tools"),
 }
 MAY_IMPORT = {
@@ -42,6 +42,7 @@ ALSO = {
     ("registry", "database"),
     ("verdicts", "registry"),  # they lie among its facts
     ("cli.key", "registry"),  # keys are made on the database itself
+    ("cli.doctor", "doctor.finding"),  # the type of what it prints
     ("template_helper", "templates"),  # what is sent to the helper is what templates are made of
 }
 DOORS = {
@@ -142,7 +143,7 @@ def test_the_law_catches_a_breach() -> None:
     assert Import("cli.run", "rustllama.bench.bench", True).allowed
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--help"], ["key", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], *([verb, "--help"] for verb in ("list", "key", "doctor"))])
 def test_the_console_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys, rustllama.cli\n"

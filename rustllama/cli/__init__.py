@@ -20,6 +20,7 @@ _VERBS = {
     "rm": "rustllama.cli.models:remove",
     "ps": "rustllama.cli.models:ps",
     "stop": "rustllama.cli.models:stop",
+    "doctor": "rustllama.cli.doctor:doctor",
     "key": "rustllama.cli.key:key",
     "bench": "rustllama.bench:bench",
 }

@@ -23,6 +23,14 @@ def free_memory_bytes() -> int:
     return max(0, min(available, limit - used + _cgroup_cache_bytes()))
 
 
+def total_memory_bytes() -> int:
+    """Of the machine, or what the cgroup allows."""
+    if sys.platform == "darwin":
+        return _sysctl(b"hw.memsize")
+    total = _meminfo("MemTotal")
+    return min(total, _number(_CGROUP / "memory.max") or total)
+
+
 def mapped_bytes() -> int:
     """What this process has in memory of the files it maps, in bytes; 0 where the system does not tell."""
     pages = (_text(_STATM) or "0 0 0").split()[2]

@@ -55,6 +55,14 @@ def _build() -> str:
 BUILD = _build()  # which llama.cpp this is: no other one reads the states that it saves
 
 
+VERSION = str(llama_cpp.__version__)  # of llama-cpp-python
+
+
+def system_info() -> str:
+    """What llama.cpp uses of the processor, like "AVX2 = 1 | FMA = 1"."""
+    return str(llama_cpp.llama_print_system_info().decode("utf-8", "replace"))
+
+
 def listen(listener: Callable[[str], None]) -> None:
     """From now on this one hears what llama.cpp complains of, in any thread; it may be the last it does."""
     _listeners[:] = [listener]
