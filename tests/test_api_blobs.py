@@ -18,6 +18,7 @@ from rustllama.model_files import ModelFiles
 from tests.conftest import Server, start_server
 from tests.disks import Disk
 from tests.fakes import House, build_house, lines, ok, refused
+from tests.nginx import Nginx, needs_nginx
 from tests.test_limits import LIMIT_S, SHORT, answer, connect, readable
 from tests.test_serve import until
 from tests.toys import CHATML, write_toy
@@ -290,3 +291,12 @@ def test_a_process_that_dies_leaves_no_file_that_is_not_whole(tmp_path: Path, we
     until(lambda: requests.post(f"{server.url}/api/blobs/{digest(b'x')}", data=b"x", timeout=30).ok)
     assert blobs(server.home) == [digest(b"x")]
     assert server.stop() == 0
+
+
+@needs_nginx
+def test_a_file_larger_than_other_bodies_comes_through_nginx(server: Server, tmp_path: Path) -> None:
+    data = bytes(21 << 20)
+    with Nginx(tmp_path, upstream=server.url.removeprefix("http://")) as nginx:
+        assert nginx.ask("POST", f"/api/blobs/{digest(data)}", data).status == 201
+        assert nginx.ask("POST", "/api/chat", data).status == 413
+    (server.home / "models" / "blobs" / digest(data).replace(":", "-")).unlink()
