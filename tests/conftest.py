@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tests.disks import Disk, small_disk
 from tests.toys import GEMMA3, JAMBA, LLAMA, MAMBA, write_toy
 
 READY_S = 60
+SERVE = ("-m", "rustllama", "serve")
 SHAPES = {"llama": LLAMA, "gemma3": GEMMA3, "mamba": MAMBA, "jamba": JAMBA}
 
 
@@ -46,14 +47,19 @@ class Server:
         return status
 
 
-def start_server(home: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Server:
-    """`rustllama serve` on a free loopback port, with a state folder of its own; returns when it is ready."""
+def start_server(
+    home: Path, *arguments: str, environ: Mapping[str, str] | None = None, program: Sequence[str] = SERVE
+) -> Server:
+    """`rustllama serve` on a free loopback port, with a state folder of its own; returns when it is ready.
+
+    `program` is what Python runs in its place.
+    """
     home.mkdir(exist_ok=True)
     log = home / "serve.log"
     variables = {**os.environ, "RUSTLLAMA_HOME": str(home), "RUSTLLAMA_HOST": "127.0.0.1:0", **(environ or {})}
     with log.open("a") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rustllama", "serve", *arguments],
+            [sys.executable, *program, *arguments],
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

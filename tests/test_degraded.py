@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 import requests
 
@@ -23,9 +23,10 @@ from rustllama.api.catalog import Catalog
 from rustllama.core import FileIdentity
 from rustllama.errors import Unavailable
 from rustllama.model_files import ModelFiles
+from rustllama.registry import Registry
 from rustllama.settings import Settings
 from tests.conftest import Server, start_server
-from tests.disks import Disk, hanging
+from tests.disks import hanging
 from tests.fakes import build_house, fake_record
 from tests.test_database import spoil
 
@@ -57,6 +58,12 @@ def listing(server: Server) -> dict[str, Any]:
     return found
 
 
+def under_way(server: Server) -> int:
+    """Requests that have a slot or wait for one."""
+    models = ask(server, "GET", "/api/ps").json()["models"]
+    return sum(int(model["running"]) + int(model["queued"]) for model in models)
+
+
 def good(response: requests.Response) -> None:
     assert response.status_code == 200, response.text
 
@@ -84,23 +91,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def own_server(start: Start) -> Server:
     return start()
-
-
-def test_while_the_database_is_locked_writes_are_refused_and_all_else_goes_on(
-    own_server: Server, toys: dict[str, Path]
-) -> None:
-    path = own_server.home / "rustllama.db"
-    with closing(sqlite3.connect(path, isolation_level=None)) as other, ThreadPoolExecutor(12) as clients:
-        other.execute("BEGIN EXCLUSIVE")
-        writes = [clients.submit(delete, own_server, "demo") for _ in range(12)]
-        assert (chat(own_server).status_code, listing(own_server)["models"][0]["name"]) == (200, "demo")
-        assert not all(write.done() for write in writes)
-        for write in writes:
-            assert "try again" in error(write.result(), 503)
-            assert write.result().headers["Retry-After"]
-        other.execute("ROLLBACK")
-    good(create(own_server, "toy", toys["llama"]))
-    good(delete(own_server, "demo"))
 
 
 def test_a_database_that_is_damaged_at_the_start_is_replaced_and_the_list_says_so(start: Start, tmp_path: Path) -> None:
@@ -135,85 +125,6 @@ def test_damage_that_is_met_while_running_is_an_error_until_the_next_start(start
     good(ask(server, "GET", "/health"))
     server.stop()
     good(chat(start()))
-
-
-def test_a_read_only_state_folder_serves_and_refuses_writes(disk: Disk, start: Start, toys: dict[str, Path]) -> None:
-    environ = {"RUSTLLAMA_HOME": str(disk.path), "RUSTLLAMA_PROMPT_CACHE_DISK": "1MB"}
-    start(**environ).stop()
-    disk.remount("ro")
-    server = start(**environ)
-    good(chat(server))
-    assert f"{disk.path}/rustllama.db cannot be written" in error(create(server, "toy", toys["llama"]), 500)
-    assert [model["name"] for model in listing(server)["models"]] == ["demo"]
-    disk.remount("rw")
-    good(create(server, "toy", toys["llama"]))
-    good(chat(server, "toy"))
-
-
-def test_a_full_disk_refuses_writes_until_it_has_room(disk: Disk, start: Start, toys: dict[str, Path]) -> None:
-    environ = {"RUSTLLAMA_HOME": str(disk.path), "RUSTLLAMA_PROMPT_CACHE_DISK": "1GiB"}
-    server = start(**environ)
-    disk.fill()
-    good(chat(server))
-    assert f"disk that holds {disk.path}/rustllama.db is full" in error(create(server, "toy", toys["llama"]), 507)
-    assert ask(server, "POST", "/api/chat", {"model": "demo", "keep_alive": 0}).status_code == 200  # writes its state
-    good(chat(server))
-    assert [model["name"] for model in listing(server)["models"]] == ["demo"]
-    disk.clear()
-    good(create(server, "toy", toys["llama"]))
-
-
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _overwrite(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.write(b"\0" * path.stat().st_size)
-
-
-def _replace(path: Path, make: Callable[[Path], None]) -> None:
-    path.unlink()
-    make(path)
-
-
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "gone": (Path.unlink, "There is no file at"),
-    "truncated": (_truncate, "is truncated"),
-    "overwritten": (_overwrite, "is not a GGUF file"),
-    "a folder": (partial(_replace, make=Path.mkdir), "is a folder"),
-    "a pipe": (partial(_replace, make=os.mkfifo), "device, pipe or socket"),
-    "a device": (partial(_replace, make=lambda path: path.symlink_to("/dev/zero")), "device, pipe or socket"),
-}
-
-
-@pytest.mark.parametrize("is_loaded", [False, True])
-def test_a_model_file_that_fails_is_named_and_its_return_is_noticed(
-    own_server: Server, tmp_path: Path, toys: dict[str, Path], is_loaded: bool
-) -> None:
-    worker = own_server.worker_pid
-    for name, (break_file, words) in FAULTS.items():
-        path = tmp_path / "model.gguf"
-        shutil.copy(toys["llama"], path)
-        good(create(own_server, "toy", path))
-        if is_loaded:
-            good(chat(own_server, "toy"))
-        break_file(path)
-        sentence = error(chat(own_server, "toy"), 400)
-        assert (str(path) in sentence, words in sentence) == (True, True), sentence
-        good(chat(own_server))
-        loaded = [model["name"] for model in ask(own_server, "GET", "/api/ps").json()["models"]]
-        assert loaded == ["demo:latest"], name
-        _restore(path, toys["llama"])
-        good(chat(own_server, "toy"))
-    assert own_server.worker_pid == worker
-
-
-def _restore(path: Path, good: Path) -> None:
-    if path.is_dir():
-        path.rmdir()
-    path.unlink(missing_ok=True)
-    shutil.copy(good, path)
 
 
 def test_models_to_load_are_looked_at_first_as_for_a_request(
@@ -268,3 +179,23 @@ def test_a_file_that_does_not_answer_is_given_up_and_others_go_on(tmp_path: Path
         catalog.current("stuck")
     assert catalog.current("toy").name == "toy"
     go.set()
+
+
+def test_who_wants_to_write_waits_no_longer_than_its_patience_for_those_who_do(tmp_path: Path) -> None:
+    house, path = build_house(tmp_path), tmp_path / "rustllama.db"
+    registry = Registry(path, bundled=tmp_path / "none.gguf", busy_timeout_s=0.5)
+    catalog = Catalog(Settings(), registry, house.manager, patience_s=0.05)
+
+    def refusal() -> str:
+        with pytest.raises(Unavailable) as caught:
+            catalog.delete("toy")
+        return str(caught.value)
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        writers = [gevent.spawn(refusal) for _ in range(2)]
+        told = sorted(writer.get() for writer in writers)
+    assert (told[0], "is locked by another program" in told[1]) == (
+        "Other changes of the registry take long: try again.",
+        True,
+    )

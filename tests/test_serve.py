@@ -140,16 +140,6 @@ def test_load_has_the_model_ready_before_the_first_request(tmp_path: Path, slow_
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_running_streams_end_before_the_server_does(tmp_path: Path, slow_toy: Path, sign: signal.Signals) -> None:
-    server = started(tmp_path / "home", slow_toy)
-    streams = [stream(server, 30) for _ in range(4)]
-    server.process.send_signal(sign)
-    answers = [lines(response) for response in streams]
-    assert [answer[-1]["eval_count"] for answer in answers] == [30] * 4
-    assert server.stop() == 0
-
-
 def test_streams_that_outlast_the_drain_get_a_terminal_event(tmp_path: Path, slow_toy: Path) -> None:
     server = started(tmp_path / "home", slow_toy, RUSTLLAMA_DRAIN_TIMEOUT="0.2")
     response = stream(server, 2000)
@@ -225,14 +215,6 @@ def test_an_answer_that_shifts_outgrows_its_context(tmp_path: Path, toys: dict[s
         ended = post(server, path, {**asked, "options": options}).json()
         assert ended["prompt_eval_count"] + ended["eval_count"] == 64
     assert server.stop() == 0
-
-
-def test_a_killed_worker_comes_back_with_the_registry(toy_server: Server) -> None:
-    response = stream(toy_server, 2000)
-    os.kill(toy_server.worker_pid, signal.SIGKILL)
-    with pytest.raises(requests.exceptions.ChunkedEncodingError):
-        lines(response)
-    assert ask(toy_server, 3).json()["eval_count"] == 3
 
 
 def test_what_was_acknowledged_survives_a_kill_of_everything(tmp_path: Path, slow_toy: Path) -> None:

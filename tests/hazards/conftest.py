@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
-from tests.conftest import Server, start_server
+from tests.conftest import SERVE, Server, start_server
 from tests.hazards.table import Row, lines
 
 PATIENCE_S = 60
@@ -33,14 +34,20 @@ def start(tmp_path: Path, row: Row) -> Iterator[Start]:
     """Starts a server (`RUSTLLAMA_*` settings without that prefix), which must live and answer when the row is over."""
     with ExitStack() as servers:
 
-        def start(*arguments: str, **settings: object) -> Server:
+        def start(*arguments: str, program: Sequence[str] = SERVE, **settings: object) -> Server:
             environ = {f"RUSTLLAMA_{name}": str(value) for name, value in settings.items()}
             home = tmp_path / str(len(list(tmp_path.iterdir())))
-            server = start_server(home, *arguments, environ=environ)
+            server = start_server(home, *arguments, environ=environ, program=program)
             servers.enter_context(_surviving(server, row))
             return server
 
         yield start
+
+
+def integrity(server: Server) -> str:
+    """What SQLite says of the database; "ok" where nothing is wrong."""
+    with closing(sqlite3.connect(server.home / "rustllama.db")) as database:
+        return str(database.execute("PRAGMA integrity_check").fetchone()[0])
 
 
 @contextmanager
