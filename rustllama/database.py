@@ -18,7 +18,7 @@ from typing import cast
 
 import peewee
 
-from rustllama.errors import DiskFull, InternalError, RustllamaError, SettingError, Unavailable
+from rustllama.errors import DiskFull, InternalError, ReadOnly, RustllamaError, SettingError, Unavailable
 
 _PRAGMAS = {"journal_mode": "wal", "synchronous": "full"}
 _BESIDE = ("-wal", "-shm")  # its log and the log's index
@@ -136,7 +136,7 @@ class Database(peewee.SqliteDatabase):
         if "disk is full" in words or (not_written and self._is_full()):
             return DiskFull(f"The disk that holds {self.path} is full; free some space and try again.")
         if not_written:
-            return InternalError(f"{self.path} cannot be written; give this user access, or set RUSTLLAMA_HOME.")
+            return ReadOnly(f"{self.path} cannot be written; give this user access, or set RUSTLLAMA_HOME.")
         return InternalError(f"{self.path} failed: {words}.")
 
     def _is_full(self) -> bool:

@@ -17,6 +17,7 @@ RustllamaError
 ├── TooManyRequests          429  rate_limited             more than an API key or an address may have
 ├── Cancelled                499  cancelled                never sent, only logged
 ├── InternalError            500  internal_error
+├── ReadOnly                 500  read_only                the state folder may not be written
 ├── Unavailable              503  unavailable              worth another try
 │   ├── Busy                 503  busy
 │   ├── Draining             503  draining
@@ -123,6 +124,10 @@ class Cancelled(RustllamaError, BrokenPipeError):
 
 class InternalError(RustllamaError):
     """Our own fault: the log carries the details under the request's id."""
+
+
+class ReadOnly(RustllamaError):
+    code = "read_only"
 
 
 class Unavailable(RustllamaError):

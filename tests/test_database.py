@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rustllama.database import Database
-from rustllama.errors import DiskFull, InternalError, SettingError, Unavailable
+from rustllama.errors import DiskFull, InternalError, ReadOnly, SettingError, Unavailable
 from rustllama.registry import Registry
 from tests.disks import Disk
 from tests.test_registry import NOWHERE, names, record
@@ -131,7 +131,7 @@ def test_a_read_only_place_is_read_and_written_again_when_it_can_be(disk: Disk) 
     disk.remount("ro")
     with closing(reopened(path)) as registry:
         assert registry.get("a").name == "a"
-        with pytest.raises(InternalError, match=rf"{path} cannot be written"):
+        with pytest.raises(ReadOnly, match=rf"{path} cannot be written"):
             registry.put(record("b"))
         disk.remount("rw")
         registry.put(record("b"))

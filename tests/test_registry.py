@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rustllama.core import FileIdentity, ModelInfo, ModelRecord
-from rustllama.errors import BadRequest, DiskFull, InternalError, ModelNotFound, SettingError, Unavailable
+from rustllama.errors import BadRequest, DiskFull, InternalError, ModelNotFound, ReadOnly, SettingError, Unavailable
 from rustllama.registry import _MIGRATIONS, Registry, canonical, check_name, examine, timestamp
 from tests.toys import write_toy
 
@@ -331,6 +331,6 @@ def test_a_database_of_an_older_version_learns_what_is_new(tmp_path: Path, start
 def test_a_read_only_database_is_told_and_can_be_read(registry: Registry) -> None:
     registry.put(record("a"))
     registry._database.pragma("query_only", 1)
-    with pytest.raises(InternalError, match="cannot be written"):
+    with pytest.raises(ReadOnly, match="cannot be written"):
         registry.put(record("b"))
     assert names(registry) == ["a"]

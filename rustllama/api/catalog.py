@@ -68,7 +68,7 @@ class Catalog:
     def create(self, name: str, path: str, preset: Preset = Preset()) -> None:  # noqa: B008 - frozen
         """Examines and proves the file, then gives it the name; answers of a model replaced by it end well.
 
-        Raises BadModelFile, OutOfMemory, DiskFull, Unavailable or InternalError.
+        Raises BadModelFile, OutOfMemory, DiskFull, ReadOnly, Unavailable or InternalError.
         """
         check_model(name)
         record = self._examined(name, Path(os.path.abspath(os.path.expanduser(path))))
