@@ -105,6 +105,27 @@ def test_a_file_is_proved_once_for_each_state_of_it(house: House, tmp_path: Path
     assert "in time" in create_failure(impatient, name="b", modelpath=str(path))
 
 
+def test_proofs_take_turns(house: House, tmp_path: Path, gguf_file: Path) -> None:
+    """Each takes the memory of its model."""
+    statuses: list[int] = []
+
+    def create(name: str) -> None:
+        path = shutil.copy(gguf_file, tmp_path / f"{name}.gguf")
+        statuses.append(house.post("/api/create", name=name, modelpath=str(path)).status_code)
+
+    for name in ("a", "b"):
+        spawn(partial(create, name))
+    most = 0
+    while len(statuses) < 2:
+        most = max(most, len(_children()))
+        Event().wait(0.01)
+    assert (statuses, most) == ([200, 200], 1)
+
+
+def _children() -> list[str]:
+    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
 def test_a_folder_is_refused(house: House, tmp_path: Path) -> None:
     assert "is a folder" in create_failure(house, name="m", modelpath=str(tmp_path))
 

@@ -194,8 +194,6 @@ def test_who_wants_to_write_waits_no_longer_than_its_patience_for_those_who_do(t
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         writers = [gevent.spawn(refusal) for _ in range(2)]
-        told = sorted(writer.get() for writer in writers)
-    assert (told[0], "is locked by another program" in told[1]) == (
-        "Other changes of the registry take long: try again.",
-        True,
-    )
+        first, second = sorted(writer.get() for writer in writers)
+    assert first == f"{path} is locked by another program; try again."
+    assert second == "Other changes of the registry take long: try again."

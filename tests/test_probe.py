@@ -116,16 +116,18 @@ def test_no_child_is_left_behind(toy: Path) -> None:
     assert children.read_text() == before
 
 
-def test_the_limits_of_the_child_grow_with_the_file() -> None:
+def test_the_limits_of_the_child_grow_with_the_file_and_it_leaves_first() -> None:
     program = (
-        "import resource, signal; from rustllama.probe_child import limit; limit(7.0); limit(7.0, 1_000_000_000);"
+        "import resource, signal; from pathlib import Path; from rustllama.probe_child import limit;"
+        "limit(7.0); limit(7.0, 1_000_000_000); score = Path('/proc/self/oom_score_adj');"
         "print(*(resource.getrlimit(what)[0] for what in (resource.RLIMIT_CPU, resource.RLIMIT_CORE)),"
-        " round(signal.getitimer(signal.ITIMER_REAL)[0]), resource.getrlimit(resource.RLIMIT_AS)[0])"
+        " round(signal.getitimer(signal.ITIMER_REAL)[0]), resource.getrlimit(resource.RLIMIT_AS)[0],"
+        " score.read_text() if score.exists() else '')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    *common, addresses = done.stdout.split()
-    assert common == ["35", "0", "17"], done.stderr
-    assert sys.platform != "linux" or int(addresses) == 2_000_000_000 + (8 << 30)
+    time_and_core, of_linux = done.stdout.split()[:3], done.stdout.split()[3:]
+    assert time_and_core == ["35", "0", "17"], done.stderr
+    assert sys.platform != "linux" or of_linux == [str(2_000_000_000 + (8 << 30)), "1000"]
 
 
 def test_the_child_does_not_load_gevent_or_flask() -> None:

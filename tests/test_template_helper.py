@@ -214,6 +214,7 @@ def test_the_child_has_limits_a_session_of_its_own_and_nothing_heavy(patient: Te
     soft, _ = resource.prlimit(pid, resource.RLIMIT_AS)
     assert SPARE_BYTES < soft < 2 * SPARE_BYTES
     assert resource.prlimit(pid, resource.RLIMIT_CORE)[0] == 0
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
     assert os.getsid(pid) == pid
     mapped = Path(f"/proc/{pid}/maps").read_text()
     assert "msgspec" in mapped
