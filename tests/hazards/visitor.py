@@ -13,18 +13,20 @@ from tests.hazards.conftest import PATIENCE_S
 
 MODELS = ("toy", "mamba")
 WORDS = ("some", "words", "put", "together", "in", "many", "ways", "so", "that", "prompts", "begin", "alike")
-WRONG = (
+NOT_READ = (
     b"",
     b"{",
     b"[1, 2]",
     b'"\xff"',
     b"[" * 100_000,
+    b'{"model": "../toy"}',
+    b'{"model": "nobody", "prompt": "hello"}',
+)
+NO_CHAT = (
     b'{"model": "toy", "messages": "hello"}',
     b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}',
     b'{"model": "toy", "messages": [{"role": "user"}], "options": {"num_ctx": -1}}',
     b'{"model": "toy", "messages": [], "options": {"temperature": "hot"}}',
-    b'{"model": "../toy", "messages": []}',
-    b'{"model": "nobody", "messages": [{"role": "user", "content": "hello"}]}',
 )
 
 
@@ -68,8 +70,9 @@ class Visitor:
 
     def err(self) -> None:
         path = self.chance.choice(("/api/chat", "/api/generate", "/v1/chat/completions", "/api/show", "/api/create"))
-        response = self.session.post(self.url + path, data=self.chance.choice(WRONG), timeout=PATIENCE_S)
-        assert 400 <= response.status_code < 500, (path, response.text)
+        body = self.chance.choice((*NOT_READ, *NO_CHAT) if path == "/api/chat" else NOT_READ)
+        response = self.session.post(self.url + path, data=body, timeout=PATIENCE_S)
+        assert 400 <= response.status_code < 500, (path, body[:100], response.text)
         assert response.json()["error"]
 
     def change(self) -> None:
