@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rustllama.core import FileIdentity, GenerateRequest, LoadOptions, MemoryPlan
-from rustllama.engine.black_box import BlackBox, Call, Evidence, Mark, Witness
+from rustllama.engine.black_box import BlackBox, Call, Evidence, Mark, Witness, _Value
 from rustllama.engine.engine import LlamaEngines
 from rustllama.engine.sequence import Sequence
 from rustllama.errors import BadModelFile
@@ -88,6 +90,28 @@ def test_last_words_are_of_the_requests_that_run(box: BlackBox) -> None:
     assert box.read().words == "slots are scarce"
     witness.works_for([sequence("b")])
     assert box.read().words == ""
+
+
+def test_last_words_are_not_many(box: BlackBox) -> None:
+    box.say("x" * 100_000)
+    assert box.read().words == "x" * 500
+
+
+class Torn(mmap.mmap):
+    """Its writer dies before the value is written."""
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        if b"new" in value:
+            raise InterruptedError
+        super().__setitem__(place, value)
+
+
+def test_what_was_only_half_written_is_nothing() -> None:
+    value = _Value(Torn(-1, 64), 0, 64, str)
+    value.write("old")
+    with pytest.raises(InterruptedError):
+        value.write("new")
+    assert value.read() is None
 
 
 def test_a_model_is_marked_until_its_first_token(box: BlackBox) -> None:
