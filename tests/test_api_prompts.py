@@ -106,6 +106,14 @@ def test_a_prompt_of_too_many_bytes_is_not_even_tokenized(house: House) -> None:
     assert house.engines.last.prompts == []
 
 
+def test_a_long_prompt_is_tokenized_only_where_it_may_fit(house: House) -> None:
+    sentence = refused(house.chat("? " * 70_000), 400)
+    assert sentence.startswith("The prompt has 700")
+    (counted,) = house.engines.last.prompts
+    assert max(len(span.text) for span in counted) == 4096
+    ok(house.chat("x" * 140_000))  # a word
+
+
 def test_a_prompt_that_its_template_makes_too_long_is_not_tokenized(house: House) -> None:
     template = "{% for _ in range(1000) %}{{ messages[0].content }}{% endfor %}"
     body = {"model": "toy", "prompt": "abcdefgh", "template": template, "options": {"num_ctx": 64}}

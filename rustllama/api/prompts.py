@@ -18,6 +18,11 @@ from rustllama.templates import Messages, TemplateSource
 
 # No text has so few tokens. What is longer is not even tokenized: tokenizers take seconds for megabytes.
 _BYTES_PER_TOKEN = 64
+# Some texts cost llama.cpp the square of their tokens: special tokens, and bytes that SentencePiece has no words for.
+# What is longer is counted in pieces first, and is too long where they have so many times what the context holds.
+_QUICK_BYTES = 128 << 10
+_PIECE_CHARACTERS = 4096
+_FAR_TOO_LONG = 2
 # A cut moves by this share of the context, so that the next turns begin with the same text and reuse it.
 _STEPS = 4
 
@@ -146,24 +151,41 @@ def cut(weight: Callable[[int], int], starts: Sequence[int], limit: int, step: i
 def _fit(text: _Text, job: Job, engine: Engine, num_ctx: int) -> tuple[int, tuple[int, ...]]:
     most_bytes = _BYTES_PER_TOKEN * num_ctx
 
+    spans = cache(text.render)
+
     @cache
     def tokens(start: int) -> tuple[int, ...]:
-        return engine.tokenize(
-            text.render(start), add_special=True, as_written=not job.options.reproducible, owner=job.owner
-        )
+        return engine.tokenize(spans(start), add_special=True, as_written=not job.options.reproducible, owner=job.owner)
+
+    @cache
+    def length(start: int) -> int:
+        about = _tokens_in_pieces(spans(start), engine)
+        return about if about > _FAR_TOO_LONG * num_ctx else len(tokens(start))
 
     starts = text.starts[cut(text.size_bytes, text.starts, most_bytes, most_bytes // _STEPS) :]
     size_bytes = text.size_bytes(starts[0])
     if size_bytes > most_bytes:
         raise _too_long(f"about {size_bytes} bytes", num_ctx)
-    start = starts[cut(lambda start: len(tokens(start)), starts, num_ctx - 1, max(1, num_ctx // _STEPS))]
+    start = starts[cut(length, starts, num_ctx - 1, max(1, num_ctx // _STEPS))]
+    if length(start) >= num_ctx:
+        raise _too_long(f"{length(start)} tokens", num_ctx)
     if not tokens(start):
         raise TemplateRefused(
             "The prompt is empty for this model: its template or its vocabulary drops all that was said."
         )
-    if len(tokens(start)) >= num_ctx:
-        raise _too_long(f"{len(tokens(start))} tokens", num_ctx)
     return start, tokens(start)
+
+
+def _tokens_in_pieces(spans: tuple[Span, ...], engine: Engine) -> int:
+    """About how many a long text has; 0 for one that is quickly tokenized as a whole."""
+    if sum(len(span.text.encode()) for span in spans) <= _QUICK_BYTES:
+        return 0
+    pieces = (
+        Span(span.text[place : place + _PIECE_CHARACTERS], span.trusted)
+        for span in spans
+        for place in range(0, len(span.text), _PIECE_CHARACTERS)
+    )
+    return len(engine.tokenize(tuple(pieces), add_special=False, as_written=False))
 
 
 def _too_long(length: str, num_ctx: int) -> ContextExceeded:
