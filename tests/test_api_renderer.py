@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,9 +11,9 @@ import pytest
 
 from rustllama.api.renderer import Renderer
 from rustllama.core import Span
-from rustllama.errors import InternalError, TemplateRefused, TemplateTooCostly
+from rustllama.errors import Busy, InternalError, TemplateRefused, TemplateTooCostly
 from rustllama.template_helper import TemplateHelper
-from rustllama.templates import CHATML, TemplateSource
+from rustllama.templates import CHATML, Messages, TemplateSource
 from tests.test_template_helper import LOOP, MORE
 
 SLOW_ON_DEMAND = "{% if messages[0].content == 'slow' %}" + LOOP + "{% endif %}{{ messages[0].content }}"
@@ -116,6 +117,15 @@ def test_those_who_wait_behind_a_slow_template_are_served_by_the_next_helper(rig
     assert [isinstance(bomb.get(), TemplateTooCostly) for bomb in bombs] == [True, True, False, False, False]
 
 
+def test_nobody_waits_for_ever_behind_slow_templates() -> None:
+    hasty = Rig(Renderer(partial(TemplateHelper, deadline_s=1), patience_s=0.1), [], Clock())
+    bomb = gevent.spawn(hasty.fail, LOOP)
+    gevent.idle()
+    with pytest.raises(Busy, match="slow chat templates"):
+        hasty.render(QUICK)
+    assert isinstance(bomb.get(), TemplateTooCostly)
+
+
 def test_a_template_that_failed_twice_rests_for_a_minute(rig: Rig) -> None:
     rig.fail(LOOP)
     rig.fail(LOOP)
@@ -137,12 +147,32 @@ def test_other_refusals_are_not_held_against_a_template(rig: Rig) -> None:
         assert "refuses these messages: no" in str(rig.fail("{{ raise_exception('no') }}"))
 
 
-def test_a_client_that_leaves_does_not_disturb_the_next(rig: Rig) -> None:
-    rig.render(QUICK)
+class Counting(TemplateHelper):
+    """Counts the calls of `render` that overlap."""
+
+    inside = most = 0
+
+    def render(
+        self, source: TemplateSource, conversations: Sequence[Messages], *, limit_bytes: int
+    ) -> tuple[tuple[Span, ...], ...]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            return super().render(source, conversations, limit_bytes=limit_bytes)
+        finally:
+            self.inside -= 1
+
+
+def test_a_client_that_leaves_does_not_disturb_the_next() -> None:
+    helper = Counting(deadline_s=1)
+    rig = Rig(Renderer(lambda: helper), [helper], Clock())
     leaver = gevent.spawn(rig.fail, LOOP)
-    gevent.idle()
+    with gevent.Timeout(60):
+        while not helper.inside:
+            gevent.idle()
     leaver.kill()
     assert rig.render(QUICK) == "more"
+    assert helper.most == 1
 
 
 def test_a_helper_that_does_not_start_is_told_when_it_is_needed() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gevent
+import numpy as np
 import pytest
 
 from rustllama import gguf
@@ -24,7 +25,7 @@ from rustllama.core import (
 )
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
-from rustllama.errors import Busy, Cancelled, Draining, OutOfMemory
+from rustllama.errors import Busy, Cancelled, Draining, InternalError, OutOfMemory
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
 from tests.toys import LLAMA, ToyShape, write_toy
@@ -274,3 +275,13 @@ def test_where_a_state_cannot_be_cut_nothing_is_drafted(toys: dict[str, Path], s
         stream = engine.submit(ask(1))
         list(stream)
         assert stream._sequence.drafter is None
+
+
+def test_a_model_that_computes_no_number_ends_its_answer_with_an_error(toys: dict[str, Path], tmp_path: Path) -> None:
+    ones, nothing = np.ones(LLAMA.width, np.float32), np.full(LLAMA.width, np.nan, np.float32)
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(toys["llama"].read_bytes().replace(ones.tobytes(), nothing.tobytes()))
+    engine = open_engine(path)
+    with pytest.raises(InternalError, match="no finite numbers"):
+        list(engine.submit(ask(1)))
+    engine.close()

@@ -57,6 +57,11 @@ def test_bombs_are_refused_while_others_are_answered(server: Server) -> None:
     assert server.worker_pid == worker
 
 
+def test_a_template_that_says_nothing_is_refused(server: Server) -> None:
+    refused = bomb_of_a_request(server, "{# nothing #}")
+    assert (refused.status_code, "The prompt is empty" in refused.text) == (400, True)
+
+
 def helpers(server: Server) -> list[int]:
     """The processes that the worker's threads have started."""
     tasks = Path(f"/proc/{server.worker_pid}/task").glob("*/children")

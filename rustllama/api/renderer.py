@@ -41,10 +41,14 @@ class Renderer:
     """One for the process. All methods are called from greenlets of its hub."""
 
     def __init__(
-        self, helper: Callable[[], TemplateHelper] = TemplateHelper, *, clock_s: Callable[[], float] = time.monotonic
+        self,
+        helper: Callable[[], TemplateHelper] = TemplateHelper,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+        patience_s: float = _LONGEST_WAIT_S,
     ) -> None:
         """Starts nothing: a helper's process starts when it is expected to be needed."""
-        self._of_models, self._of_others = _Lane(helper()), _Lane(helper())
+        self._of_models, self._of_others = _Lane(helper(), patience_s), _Lane(helper(), patience_s)
         self._clock_s = clock_s
         self._compiled = lru_cache(_KEPT_TEMPLATES)(ChatTemplate.compiled)
         self._costly: OrderedDict[bytes, _Costly] = OrderedDict()
@@ -116,14 +120,15 @@ class Renderer:
 class _Lane:
     """A helper, and those who wait for their turn with it."""
 
-    def __init__(self, helper: TemplateHelper) -> None:
+    def __init__(self, helper: TemplateHelper, patience_s: float) -> None:
         self.helper = helper
+        self._patience_s = patience_s
         self._lock = bridge.RLock()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """First come, first served. Raises Busy."""
-        if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
+        if not self._lock.acquire(timeout=self._patience_s):
             raise Busy("Too many requests wait for slow chat templates: try again in a moment.")
         try:
             yield
