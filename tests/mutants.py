@@ -57,7 +57,7 @@ class Parts:
         made.data = source[-(-reader.place // ALIGNMENT) * ALIGNMENT :]
         return made
 
-    def bytes(self) -> bytes:
+    def bytes(self, alignment: int = ALIGNMENT) -> bytes:
         counts = (
             len(self.tensors) if self.tensor_count is None else self.tensor_count,
             len(self.keys) if self.key_count is None else self.key_count,
@@ -65,7 +65,7 @@ class Parts:
         head = self.magic + struct.pack("<IQQ", self.version, *counts)
         head += b"".join(_text(name) + struct.pack("<I", value.kind) + _written(value) for name, value in self.keys)
         head += b"".join(map(_entry, self.tensors))
-        return head + bytes(-len(head) % ALIGNMENT) + self.data + self.end
+        return head + bytes(-len(head) % alignment) + self.data + self.end
 
     def __getitem__(self, name: str) -> Value:
         return next(value for key, value in self.keys if key == name.encode())
