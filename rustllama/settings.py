@@ -192,7 +192,7 @@ class Settings:
     origins: tuple[str, ...] = _setting(
         _origins, (), "origins of web pages that may use it, by comma, like https://chat.example.com; *: any"
     )
-    head_timeout: float = _setting(_limit_s, 15.0, "time that the head of a request may take; 0: no limit")
+    head_timeout: float = _setting(_limit_s, 10.0, "time that the head of a request may take; 0: no limit")
     body_timeout: float = _setting(
         _limit_s, 30.0, "time that the body of a request may take: more for large ones on slow links; 0: no limit"
     )

@@ -275,28 +275,6 @@ def _is_socket(fd: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_the_queue_or_its_prompt_frees_its_place(toy_server: Server, streamed: bool) -> None:
-    body = json.dumps({**CHAT, "stream": streamed, "options": {"num_predict": 2000}}).encode()
-    assert ask(toy_server, 1).ok  # the model is loaded
-    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    host, port = toy_server.url.removeprefix("http://").split(":")
-    clients = [socket.create_connection((host, int(port))) for _ in range(40)]
-    for client in clients:
-        client.sendall(head + body)
-    until(lambda: loaded(toy_server)["queued"] > 0)
-    for client in clients:
-        client.close()
-    until(lambda: loaded(toy_server)["running"] + loaded(toy_server)["queued"] == 0)
-
-
-def test_32_streaming_clients_see_no_error(toy_server: Server) -> None:
-    with ThreadPoolExecutor(32) as clients:
-        answers = list(clients.map(lambda _: lines(stream(toy_server, 10)), range(96)))
-    assert all(answer[-1]["done"] and answer[-1]["eval_count"] == 10 for answer in answers)
-    assert len({json.dumps([line["message"] for line in answer]) for answer in answers}) == 1
-
-
 @pytest.mark.parametrize(
     ("head", "status"), [(b"hello\r\n\r\n", 400), (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414)]
 )

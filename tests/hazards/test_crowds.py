@@ -1,0 +1,184 @@
+"""No crowd keeps others from being served: many at once, more than the queue holds, who sends slowly or never reads."""
+
+from __future__ import annotations
+
+import itertools
+import selectors
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Server
+from tests.hazards import WHOLE, times
+from tests.hazards.conftest import Start
+from tests.hazards.crowd import (
+    Reply,
+    chat,
+    connected,
+    pinging,
+    play,
+    request,
+    resident_mib,
+    send_queues,
+    serving,
+)
+from tests.hazards.table import Row, percentile
+from tests.test_serve import DEADLINE_S, loaded, until
+from tests.toys import LLAMA, write_toy
+
+LOOK_EVERY_S = 0.1
+HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+BODY = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+RUNNING = 800  # tokens of an answer that others have to wait for
+READERS = 8
+READERS_BUFFER_BYTES = 4096
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It takes some milliseconds for a token, so that answers are on their way at the same time."""
+    folder = tmp_path_factory.mktemp("slow")
+    return write_toy(folder / "slow.gguf", LLAMA, width=256, layers=6, heads=8, feed_forward=1024, vocabulary=2048)
+
+
+@pytest.fixture(scope="module")
+def fast_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It soon has said more than the kernel keeps for a client."""
+    return write_toy(tmp_path_factory.mktemp("fast") / "fast.gguf", context_length=8192)
+
+
+def test_32_streaming_clients(row: Row, start: Start, toy: Path) -> None:
+    server = serving(start, toy)
+    asked = [request(server, chat(10))] * times(32 * 10, 32 * 2)
+    with pinging(server) as ms:
+        replies, failures = play(server, asked, 32)
+    ends = [reply.lines[-1] for reply in replies if reply.status == 200]
+    row.is_at_most(f"errors among {len(asked)}", len(asked) - len(ends), 0)
+    row.is_at_most("streams that do not end done", sum(end.get("done") is not True for end in ends), 0)
+    row.is_within("/api/version p99", percentile(ms, 0.99), 50)
+    assert not failures
+    assert {end["eval_count"] for end in ends} == {10}
+    assert len({reply.text for reply in replies}) == 1
+
+
+def test_a_full_queue(row: Row, start: Start, toy: Path) -> None:
+    server = serving(start, toy, SLOTS=1, MAX_QUEUE=16)
+    surplus, slowest_ms = 0, 0.0
+    for _ in range(times(10, 1)):
+        running = connected(server, request(server, chat(RUNNING)))
+        until(lambda: loaded(server)["running"] == 1)
+        queued = [connected(server, request(server, chat(3, stream=bool(number % 2)))) for number in range(16)]
+        until(lambda: loaded(server)["queued"] == 16)
+        replies, failures = play(server, [request(server, chat(3))] * 20, 20)
+        assert not failures
+        surplus += sum(reply.status == 503 and int(reply.headers["Retry-After"]) > 0 for reply in replies)
+        slowest_ms = max(slowest_ms, *(reply.took_ms for reply in replies))
+        assert [_ends(client) for client in (running, *queued)] == [RUNNING] + [3] * 16
+    row.is_at_least("503 with Retry-After of the surplus", surplus, times(200, 20))
+    row.is_within("the slowest of them", slowest_ms, 100)
+
+
+def _ends(client: socket.socket) -> object:
+    """The tokens of an answer that came to its end."""
+    with client:
+        return Reply.to(client).lines[-1]["eval_count"]
+
+
+def test_slow_heads_and_bodies(row: Row, start: Start, toy: Path) -> None:
+    server = serving(start, toy, **({} if WHOLE else {"HEAD_TIMEOUT": 0.5, "BODY_TIMEOUT": 1}))
+    began_s = time.monotonic()
+    heads = [connected(server, HEAD) for _ in range(times(200, 40))]
+    bodies = [connected(server, BODY) for _ in range(times(50, 10))]
+    with pinging(server, "/api/chat", chat(1, stream=False)) as ms:
+        cut = _trickle([*heads, *bodies], began_s)
+    row.is_within("heads cut after", max(cut[client].after_s for client in heads), 15, " s")
+    row.is_within("bodies cut after", max(cut[client].after_s for client in bodies), 35, " s")
+    row.is_within("a chat p99", percentile(ms, 0.99), 200)
+    assert {one.said[:13] for one in cut.values()} == {b"HTTP/1.1 408 "}
+
+
+@pytest.mark.skipif(not WHOLE, reason="nothing but waiting, for more than a minute")
+def test_idle_connections(row: Row, start: Start) -> None:
+    server = start()
+    began_s = time.monotonic()
+    clients = [connected(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(100)]
+    assert all(client.recv(4096).startswith(b"HTTP/1.1 200") for client in clients)
+    row.is_within("closed after", max(one.after_s for one in _trickle(clients, began_s, b"").values()), 80, " s")
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    after_s: float
+    said: bytes
+
+
+def _trickle(clients: Iterable[socket.socket], began_s: float, piece: bytes = b" ") -> Mapping[socket.socket, Cut]:
+    """Each sends `piece` now and then, until the server has hung up on all of them."""
+    cut = dict[socket.socket, Cut]()
+    with selectors.DefaultSelector() as waiting:
+        for client in clients:
+            waiting.register(client, selectors.EVENT_READ)
+        while waiting.get_map():
+            assert time.monotonic() < began_s + 3 * DEADLINE_S
+            ready = [key.fileobj for key, _ in waiting.select(LOOK_EVERY_S)]
+            for client in ready:
+                assert isinstance(client, socket.socket)
+                waiting.unregister(client)
+                said = b"".join(iter(lambda: client.recv(4096), b""))  # noqa: B023 - it is called at once
+                cut[client] = Cut(time.monotonic() - began_s, said)
+                client.close()
+            for key in waiting.get_map().values():
+                assert isinstance(key.fileobj, socket.socket)
+                key.fileobj.send(piece)
+    return cut
+
+
+def test_readers_that_never_read(row: Row, start: Start, fast_toy: Path) -> None:
+    """What others get is compared with what they get while the readers do read."""
+    limit_s = 60 if WHOLE else 1
+    server = serving(start, fast_toy, SLOTS=READERS + 4, WRITE_TIMEOUT=limit_s, PROMPT_CACHE_MEMORY=0)
+    asked = [request(server, chat(times(7500, 1500)))] * READERS
+    others = [request(server, chat(times(1000, 100)))] * 4
+    usual_ms = _mean_ms(play(server, [*others, *asked], READERS + 4)[0][:4])
+    before_mib = resident_mib(server)
+    readers = [connected(server, one, receive_bytes=READERS_BUFFER_BYTES) for one in asked]
+    with ThreadPoolExecutor(1) as pool:
+        watch = pool.submit(_watch, server, readers)
+        replies, failures = play(server, others, 4)
+        most_mib, blocked_s = watch.result()
+    assert not failures
+    row.is_within("time of others", _mean_ms(replies) / usual_ms, 1 / 0.8, " of usual")
+    row.is_within("RSS of the worker", most_mib - before_mib, 32, " MiB more")
+    row.is_within("cut off the limit by", max(abs(one - limit_s) for one in blocked_s), 5, " s")
+    for reader in readers:
+        with pytest.raises(ConnectionResetError), reader:
+            Reply.to(reader)
+    until(lambda: server.log.read_text().count(" POST /api/chat 499 ") == READERS)
+
+
+def _mean_ms(replies: Sequence[Reply]) -> float:
+    return sum(reply.took_ms for reply in replies) / len(replies)
+
+
+def _watch(server: Server, readers: Iterable[socket.socket]) -> tuple[float, list[float]]:
+    """Until the server has cut them all: its most memory, and how long each could be sent nothing."""
+    ports = {reader.getsockname()[1] for reader in readers}
+    blocked, most_mib = dict[int, tuple[int, float]](), 0.0
+    blocked_s = dict[int, float]()
+    for _ in itertools.count():
+        now_s, queues = time.monotonic(), send_queues(server)
+        most_mib = max(most_mib, resident_mib(server))
+        for port in ports - blocked_s.keys():
+            if port not in queues:
+                blocked_s[port] = now_s - blocked[port][1]
+            elif port not in blocked or blocked[port][0] != queues[port]:
+                blocked[port] = queues[port], now_s
+        if len(blocked_s) == len(ports):
+            break
+        time.sleep(LOOK_EVERY_S)
+    return most_mib, list(blocked_s.values())
