@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,17 +126,20 @@ def _trickle(clients: Iterable[socket.socket], began_s: float, piece: bytes = b"
             waiting.register(client, selectors.EVENT_READ)
         while waiting.get_map():
             assert time.monotonic() < began_s + 3 * DEADLINE_S
-            ready = [key.fileobj for key, _ in waiting.select(LOOK_EVERY_S)]
-            for client in ready:
-                assert isinstance(client, socket.socket)
+            for key, _ in waiting.select(LOOK_EVERY_S):
+                client = _client(key)
                 waiting.unregister(client)
-                said = b"".join(iter(lambda: client.recv(4096), b""))  # noqa: B023 - it is called at once
+                said = b"".join(iter(partial(client.recv, 4096), b""))
                 cut[client] = Cut(time.monotonic() - began_s, said)
                 client.close()
             for key in waiting.get_map().values():
-                assert isinstance(key.fileobj, socket.socket)
-                key.fileobj.send(piece)
+                _client(key).send(piece)
     return cut
+
+
+def _client(key: selectors.SelectorKey) -> socket.socket:
+    assert isinstance(key.fileobj, socket.socket)
+    return key.fileobj
 
 
 def test_readers_that_never_read(row: Row, start: Start, fast_toy: Path) -> None:
