@@ -249,13 +249,6 @@ def test_a_connection_that_turns_to_nonsense_is_a_line_in_the_log(secure: Server
     assert "Traceback" not in secure.log.read_text()
 
 
-def test_a_connection_too_many_over_tls_is_closed_without_a_word(certificate: Certificate, tmp_path: Path) -> None:
-    server = start_server(tmp_path / "home", environ={**certificate.environ, "RUSTLLAMA_MAX_CONNECTIONS": "1"})
-    with connect(server), connect(server) as surplus:
-        assert surplus.recv(4096) == b""
-    assert server.stop() == 0
-
-
 @pytest.mark.parametrize("said", [b"", b"\x16"])
 def test_who_never_ends_the_handshake_is_cut_off(said: bytes) -> None:
     ours, theirs = gevent.socket.socketpair()
