@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import selectors
 import socket
 import subprocess
@@ -214,3 +215,14 @@ def test_there_are_as_many_connections_as_files_may_be_open(soft: int, hard: int
     assert most == expected
     assert limit >= most + 256
     assert ("raise that limit" in done.stderr) is (most < 4096)
+
+
+def test_a_server_may_open_as_many_files_as_it_takes_connections(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        server = start_server(tmp_path / "home", environ={"RUSTLLAMA_MAX_CONNECTIONS": "600"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(server.worker_pid, resource.RLIMIT_NOFILE)[0] > 600
+    assert server.stop() == 0

@@ -29,6 +29,7 @@ from tests.hazards.crowd import (
     serving,
 )
 from tests.hazards.table import Row, percentile
+from tests.test_limits import be_healthy, connect
 from tests.test_serve import DEADLINE_S, loaded, until
 from tests.toys import LLAMA, write_toy
 
@@ -107,8 +108,9 @@ def test_slow_heads_and_bodies(row: Row, start: Start, toy: Path) -> None:
 def test_idle_connections(row: Row, start: Start) -> None:
     server = start()
     began_s = time.monotonic()
-    clients = [connected(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(100)]
-    assert all(client.recv(4096).startswith(b"HTTP/1.1 200") for client in clients)
+    clients = [connect(server) for _ in range(100)]
+    for client in clients:
+        be_healthy(client)
     row.is_within("closed after", max(one.after_s for one in _trickle(clients, began_s, b"").values()), 80, " s")
 
 
