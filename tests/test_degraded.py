@@ -184,7 +184,7 @@ def test_a_file_that_does_not_answer_is_given_up_and_others_go_on(tmp_path: Path
 def test_who_wants_to_write_waits_no_longer_than_its_patience_for_those_who_do(tmp_path: Path) -> None:
     house, path = build_house(tmp_path), tmp_path / "rustllama.db"
     registry = Registry(path, bundled=tmp_path / "none.gguf", busy_timeout_s=0.5)
-    catalog = Catalog(Settings(), registry, house.manager, patience_s=0.05)
+    catalog = Catalog(Settings(), registry, house.manager, ModelFiles(tmp_path / "blobs"), patience_s=0.05)
 
     def refusal() -> str:
         with pytest.raises(Unavailable) as caught:
