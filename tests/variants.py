@@ -154,7 +154,7 @@ VALID: Mapping[str, Write] = {
     "a context of a million": _toy(context_length=1_000_000),
     "a head that is the embedding": _with(_tied),
     "tensors in another order, with a gap": _with(_gaps),
-    "an alignment of 8": _aligned(8),
+    "an alignment of 64": _aligned(64),
     "an alignment of 4096": _aligned(4096),
     "two parts": _split,
     "a link in a strange folder": _elsewhere,
