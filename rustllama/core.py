@@ -183,6 +183,9 @@ class Engine(Protocol):
     def reserve(self, num_ctx: int, available_bytes: int) -> None:
         """Makes sure that a slot of `num_ctx` tokens exists, made from that much memory. Raises OutOfMemory."""
 
+    def check_room(self, num_ctx: int) -> None:
+        """Raises Busy where `submit` would: a prompt that nobody waits for need not be tokenized."""
+
     def submit(self, request: GenerateRequest) -> Stream:
         """Raises Busy when the queue is full, and Unsupported for a shift that the model cannot do.
 

@@ -32,7 +32,7 @@ from rustllama.core import (
 from rustllama.engine.manager import EngineManager
 from rustllama.engine.prefix_store import StoreState
 from rustllama.engine.tally import Tally
-from rustllama.errors import Cancelled, RustllamaError
+from rustllama.errors import Busy, Cancelled, RustllamaError
 from rustllama.registry import Registry
 from rustllama.settings import Settings
 from tests.toys import CHATML
@@ -126,6 +126,10 @@ class FakeEngine:
     def reserve(self, num_ctx: int, available_bytes: int) -> None:
         assert num_ctx <= TRAINED
         assert available_bytes
+
+    def check_room(self, num_ctx: int) -> None:
+        if isinstance(self._script.refusal, Busy):
+            raise self._script.refusal
 
     def submit(self, request: GenerateRequest) -> FakeStream:
         assert not self.closed

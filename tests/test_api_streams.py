@@ -52,6 +52,7 @@ def test_a_full_queue_is_a_503_that_tells_when_to_try_again(house: House, stream
     response = house.chat("Hi", stream=stream)
     assert refused(response, 503) == "server busy, please try again. maximum pending requests exceeded"
     assert response.headers["Retry-After"] == "2"
+    assert house.engines.last.prompts == []  # it is told before the prompt costs anything
     assert is_free(house)
 
 

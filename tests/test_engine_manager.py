@@ -55,6 +55,9 @@ class FakeEngine:
     ) -> tuple[int, ...]:
         raise NotImplementedError
 
+    def check_room(self, num_ctx: int) -> None:
+        raise NotImplementedError
+
     def submit(self, request: GenerateRequest) -> Stream:
         raise NotImplementedError
 

@@ -115,6 +115,7 @@ class Answers:
         if job.is_empty:
             yield Delta("", FinishReason.LOAD)
             return
+        lease.engine.check_room(lease.num_ctx)
         prompt = self._prompts.build(job, record, lease.engine, lease.num_ctx)
         answer.warnings += prompt.warnings
         answer.truncated_messages = prompt.truncated_messages

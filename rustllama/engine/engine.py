@@ -135,12 +135,13 @@ class LlamaEngine:
             )
         self._lanes.append(self._open(n_ctx, 1))
 
+    def check_room(self, num_ctx: int) -> None:
+        self._lane_of(num_ctx).check_room()
+
     def submit(self, request: GenerateRequest) -> LaneStream:
         if request.shift is not None:
             self._check_shift(request)
-        lane = self._lane_for(request.num_ctx)
-        assert lane is not None, "a request is larger than every slot: reserve() comes first"
-        return lane.submit(request, self._tally, self._settings.request_timeout)
+        return self._lane_of(request.num_ctx).submit(request, self._tally, self._settings.request_timeout)
 
     def _check_shift(self, request: GenerateRequest) -> None:
         if not can_shift(self._info) or not self._lanes[0].can_shift:
@@ -209,6 +210,11 @@ class LlamaEngine:
         if disk is not None:
             disk.open(shape, cuts)
         return Shelf(store, shape, cuts, memory.token_bytes(self._info, self._settings), disk)
+
+    def _lane_of(self, num_ctx: int) -> Lane:
+        lane = self._lane_for(num_ctx)
+        assert lane is not None, "a request is larger than every slot: reserve() comes first"
+        return lane
 
     def _lane_for(self, num_ctx: int) -> Lane | None:
         fitting = [lane for lane in self._lanes if lane.shape.n_ctx >= num_ctx]

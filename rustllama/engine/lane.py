@@ -108,6 +108,10 @@ class Lane:
         """Sequences that are over, and whose state is still to be saved and cleared."""
         return self._scheduler.ended
 
+    def check_room(self) -> None:
+        """Raises Busy where the queue is full."""
+        self._scheduler.check_room()
+
     def submit(self, request: GenerateRequest, tally: ModelTally, timeout_s: float) -> LaneStream:
         """`timeout_s` is how long it may take, 0: for ever. Raises Busy."""
         mailbox: bridge.Mailbox[Delta] = bridge.Mailbox()

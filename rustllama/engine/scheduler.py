@@ -43,10 +43,14 @@ class Scheduler:
     def __post_init__(self) -> None:
         self.slots = [None] * self.n_slots
 
-    def add(self, sequence: Sequence) -> None:
-        """Raises Busy. A sequence that finds a free slot does not count as waiting."""
+    def check_room(self) -> None:
+        """Raises Busy where the queue is full. A sequence that finds a free slot does not count as waiting."""
         if len(self.queue) >= self.max_queue + self._free:
             raise Busy("server busy, please try again. maximum pending requests exceeded")
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises Busy."""
+        self.check_room()
         self.queue.append(sequence)
 
     def cancel(self, sequence: Sequence, reason: RustllamaError | None = None) -> None:
