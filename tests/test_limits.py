@@ -196,6 +196,27 @@ def test_a_client_behind_a_proxy_has_a_limit_of_its_own(small: Server) -> None:
     until(lambda: "GET /health 200" in small.log.read_text() and " client=203.0.113.7" in small.log.read_text())
 
 
+def _address_beyond_loopback() -> str:
+    """One of this machine's own; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way_out:
+        try:
+            way_out.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no network")
+        return str(way_out.getsockname()[0])
+
+
+def test_another_machine_has_so_many_connections_and_is_told(tmp_path: Path) -> None:
+    settings = {"HOST": f"{_address_beyond_loopback()}:0", "INSECURE_NO_AUTH": "1", "MAX_CONNECTIONS_PER_CLIENT": "2"}
+    server = start_server(tmp_path / "home", environ={f"RUSTLLAMA_{name}": value for name, value in settings.items()})
+    with connect(server), connect(server), connect(server) as surplus:
+        head, body = answer(surplus)
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert "RUSTLLAMA_MAX_CONNECTIONS_PER_CLIENT " in json.loads(body)["error"]
+    until(lambda: healthy(server))
+    assert server.stop() == 0
+
+
 def test_a_stranger_is_not_believed_whom_he_asks_for(server: Server) -> None:
     headers = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https", "X-Request-Id": "stranger"}
     assert healthy(server, **headers)

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import gevent
 import gevent.socket
 import ollama
 import openai
@@ -254,7 +255,8 @@ def test_who_never_ends_the_handshake_is_cut_off(said: bytes) -> None:
     ours, theirs = gevent.socket.socketpair()
     theirs.sendall(said)
     reasons: list[str] = []
-    assert shake_hands(ours, SSLContext(ssl.PROTOCOL_TLS_SERVER), reasons.append, 0.01) is None
+    with gevent.Timeout(WAIT_S):
+        assert shake_hands(ours, SSLContext(ssl.PROTOCOL_TLS_SERVER), reasons.append, 0.01) is None
     assert reasons == ["Timeout"]
     with contextlib.suppress(ConnectionResetError):  # what was not read
         assert theirs.recv(1) == b""
