@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from rustllama.settings import Network
 
+_NAT64 = IPv6Network("64:ff9b::/96")
 _SUBNET_BITS = 64  # of IPv6: what one line gets, and may fill with addresses as it likes
 
 
@@ -24,6 +25,16 @@ def is_local(text: str) -> bool:
     """Whether it is the loopback of this machine; what is not an address is not."""
     found = parse_ip(text)
     return found is not None and found.is_loopback
+
+
+def is_public(text: str) -> bool:
+    """Whether it is of the open Internet, also where it carries an IPv4 address (6to4, NAT64) within."""
+    found = parse_ip(text)
+    if isinstance(found, IPv6Address):
+        within = IPv4Address(int(found) & 0xFFFFFFFF) if found in _NAT64 else found.sixtofour
+        if within is not None:
+            found = within
+    return found is not None and found.is_global and not found.is_multicast
 
 
 def client_key(text: str) -> str:

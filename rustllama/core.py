@@ -244,6 +244,7 @@ class Preset:
     system: str | None = None
     parameters: Mapping[str, object] = field(default_factory=dict)  # options of requests, as JSON has them
     license: str | None = None
+    origin: str = ""  # where the file was pulled from, like "hf.co/user/repo:Q4_K_M"; "": it is from here
 
 
 @dataclass(frozen=True, slots=True)

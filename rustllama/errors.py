@@ -6,7 +6,8 @@ RustllamaError
 │   ├── ContextExceeded      400  context_length_exceeded
 │   ├── TemplateRefused      400  template_error
 │   │   └── TemplateTooCostly     template_error           it was ended, and would only be ended again
-│   └── BadModelFile         400  bad_model_file           the file named by a create or a record cannot be served
+│   ├── BadModelFile         400  bad_model_file           the file named by a create or a record cannot be served
+│   └── SourceRefused        400  source_refused           where a model is to be pulled from does not give it
 ├── Unauthorized             401  unauthorized             no API key, or none that is known
 ├── Forbidden                403  forbidden                not from this page, to this host, or with this key
 ├── NotFound                 404  not_found
@@ -20,6 +21,7 @@ RustllamaError
 ├── ReadOnly                 500  read_only                the state folder may not be written
 ├── Unavailable              503  unavailable              worth another try
 │   ├── Busy                 503  busy
+│   ├── Unreachable          503  unreachable_source       another server, which a model is to be pulled from
 │   ├── Draining             503  draining
 │   ├── OutOfMemory          503  out_of_memory
 │   └── Quarantined          503  quarantined              the model killed workers: not loaded for a while
@@ -67,6 +69,10 @@ class TemplateTooCostly(TemplateRefused):
 
 class BadModelFile(BadRequest):
     code = "bad_model_file"
+
+
+class SourceRefused(BadRequest):
+    code = "source_refused"
 
 
 class Unauthorized(RustllamaError):
@@ -133,11 +139,19 @@ class ReadOnly(RustllamaError):
 class Unavailable(RustllamaError):
     status = 503
     code = "unavailable"
-    retry_after_s = 2
+    retry_after_s: int | None = 2
 
 
 class Busy(Unavailable):
     code = "busy"
+
+
+class Unreachable(Unavailable):
+    code = "unreachable_source"
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Draining(Unavailable):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from tests.figures import crowds, shapes, turns
+from tests.figures import crowds, pulls, shapes, turns
 
 _MODEL = click.argument("model", type=click.Path(exists=True, path_type=Path))
 _ROUNDS = click.option("--rounds", default=5, show_default=True)
@@ -78,6 +78,13 @@ def _arrivals(model: Path, rate: float, requests: int) -> None:
 @_ROUNDS
 def _drafting(model: Path, rounds: int) -> None:
     crowds.drafting(model, rounds)
+
+
+@figures.command("pulls", help=pulls.__doc__)
+@click.option("--size", default=1000, show_default=True, help="Megabytes.")
+@_ROUNDS
+def _pulls(size: int, rounds: int) -> None:
+    pulls.measure(size * 1_000_000, rounds)
 
 
 if __name__ == "__main__":
