@@ -22,7 +22,7 @@ from pathlib import Path
 from rustllama.errors import BadModelFile, BadRequest, DiskFull, InternalError
 
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
-_FILE = re.compile(r"sha256-[0-9a-f]{64}")
+_FILE = re.compile(r"sha256-[0-9a-f]{64}(-\d{5}-of-\d{5}\.gguf)?")  # a part of a split model: of all parts' digests
 _UNFINISHED = ".upload"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("rustllama.models")

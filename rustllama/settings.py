@@ -136,6 +136,12 @@ class Settings:
     """Read with `Settings.from_env(os.environ)`; a bad value raises SettingError naming variable and value."""
 
     home: Path | None = _setting(_path, None, "state folder; default: the platform's own")
+    models: Path | None = _setting(
+        _path, None, "folder of the models that are pulled; default: models in RUSTLLAMA_HOME"
+    )
+    registry: str = _setting(
+        str.strip, "", "OCI registry of models that are pulled by a name alone, like registry.ollama.ai; default: none"
+    )
     host: tuple[str, int] = _setting(
         parse_address, ("localhost", DEFAULT_PORT), "address to listen at, or for the console to talk to"
     )
@@ -249,9 +255,13 @@ class Settings:
         return self.home_path / "rustllama.db"
 
     @property
+    def models_path(self) -> Path:
+        return self.models if self.models is not None else self.home_path / "models"
+
+    @property
     def blobs_path(self) -> Path:
         """The folder of model files that the server keeps itself."""
-        return self.home_path / "models" / "blobs"
+        return self.models_path / "blobs"
 
     @property
     def prompts_path(self) -> Path:

@@ -18,6 +18,8 @@ from rustllama.api.ollama import Ollama
 from rustllama.api.openai import OpenAI
 from rustllama.api.openapi import OpenAPI
 from rustllama.api.prompts import Prompts
+from rustllama.api.pull import PullEndpoint
+from rustllama.api.pulls import Pulls
 from rustllama.api.renderer import Renderer
 from rustllama.engine.black_box import BlackBox
 from rustllama.engine.facts import Facts
@@ -60,7 +62,8 @@ def create_app(
     failures.install(app)
     Guard(settings, manager, Keys(settings, registry)).install(app)
     metrics = Metrics(manager, engine_factory)
-    dialects = (Models(catalog, manager, renderer, files), Ollama(answers), OpenAI(answers))
-    for endpoints in (Home(manager), Blobs(files), *dialects, metrics, OpenAPI(app)):
+    models = (Models(catalog, manager, renderer, files), Blobs(files), PullEndpoint(Pulls(settings, catalog), manager))
+    dialects = (Ollama(answers), OpenAI(answers))
+    for endpoints in (Home(manager), *models, *dialects, metrics, OpenAPI(app)):
         endpoints.register(app)
     return app

@@ -18,6 +18,7 @@ from rustllama.engine.manager import EngineManager
 from rustllama.errors import BadModelFile, InternalError, ModelNotFound, Unavailable
 from rustllama.model_files import ModelFiles
 from rustllama.probe import prove
+from rustllama.pull.progress import Fetched
 from rustllama.registry import Listing, Registry, examine
 from rustllama.settings import Settings
 from rustllama.verdicts import Verdicts
@@ -76,6 +77,14 @@ class Catalog:
         self._write(self._put, replace(record, preset=preset))
         if replaced is not None:
             self._let_go(replaced)
+
+    def adopt(self, name: str, fetched: Fetched) -> None:
+        """As `create`, of files of the server's own; those of a model that proves to be bad are deleted."""
+        try:
+            self.create(name, fetched.paths[0], fetched.preset)
+        except BadModelFile:
+            offload(self._own_files.remove_unused, fetched.paths, self._registry.paths)
+            raise
 
     def delete(self, name: str) -> None:
         """Raises ModelNotFound. The file stays, unless it is the server's own and no other name uses it."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from pathlib import Path
 
 import msgspec
 
 from rustllama.api.options import preset, recommended
 from rustllama.core import ModelRecord
 from rustllama.engine.lease import LoadedModel
+
+_DIGITS = 64  # of a SHA-256
 
 
 def tagged(name: str) -> str:
@@ -27,6 +30,7 @@ def listed(record: ModelRecord) -> dict[str, object]:
         "size": record.info.size_bytes,
         "digest": record.digest,
         "details": _details(record),
+        **_origin(record),
     }
 
 
@@ -34,6 +38,13 @@ def with_tag(record: ModelRecord) -> dict[str, object]:
     """A model of `/api/tags`."""
     name = tagged(record.name)
     return {**listed(record), "name": name, "model": name}
+
+
+def _origin(record: ModelRecord) -> dict[str, object]:
+    """Of a file that was pulled, whose name is its digest."""
+    if not record.preset.origin:
+        return {}
+    return {"origin": record.preset.origin, "sha256": Path(record.path).name[len("sha256-") :][:_DIGITS]}
 
 
 def running(loaded: LoadedModel) -> dict[str, object]:
@@ -75,6 +86,7 @@ def shown(record: ModelRecord) -> dict[str, object]:
         "path": record.path,
         "digest": record.digest,
         "size": info.size_bytes,
+        **_origin(record),
     }
 
 

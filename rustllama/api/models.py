@@ -113,6 +113,7 @@ def _added(base: Preset, more: Preset) -> Preset:
         more.system or base.system,
         {**base.parameters, **more.parameters},
         more.license or base.license,
+        base.origin,
     )
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from werkzeug.routing import Rule
 
 from rustllama import __version__
-from rustllama.api import creation, ollama, openai
+from rustllama.api import creation, ollama, openai, pull
 from rustllama.api.options import Options
 from rustllama.api.requests import MOST_ITEMS, Message
 from rustllama.api.streaming import json_response
@@ -69,6 +69,7 @@ _ENDPOINTS: Mapping[str, Endpoint] = {
     "GET /api/version": Endpoint("The level of Ollama's API that is spoken, and rustllama's version."),
     "POST /api/create": Endpoint("Registers a GGUF file under a name.", (Named, creation.CreateBody), _STREAMED),
     "POST /api/blobs/{digest}": Endpoint("Takes a file, whose SHA-256 is the digest, for /api/create."),
+    "POST /api/pull": Endpoint("Fetches a model and registers it.", (pull.PullBody,), _STREAMED),
     "GET /api/list": Endpoint("The registered models."),
     "GET /api/tags": Endpoint("The same as Ollama gives them."),
     "GET /api/ps": Endpoint("The models in memory."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated
 
@@ -99,6 +100,16 @@ def recommended(info: ModelInfo) -> Options:
 def preset(record: ModelRecord) -> Options:
     """What the model's name adds to its file."""
     return typed(Options, record.preset.parameters)
+
+
+def usable(parameters: Fields) -> dict[str, object]:
+    """Those that can be options of a request, of what a stranger wrote."""
+    found: dict[str, object] = {}
+    for name in Options.__struct_fields__:
+        with suppress(BadRequest):
+            if getattr(typed(Options, {name: parameters.get(name)}), name) is not None:
+                found[name] = parameters[name]
+    return found
 
 
 def read_options(raw: Fields) -> tuple[Options, tuple[str, ...]]:
