@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -22,6 +22,7 @@ from rustllama.errors import (
     Unauthorized,
 )
 from rustllama.origin import is_loopback
+from rustllama.replies import Listing, LoadedModel, Message, Model, ModelCard, Pulled, Reply, Version
 from rustllama.settings import DEFAULT_PORT, parse_address
 
 API_KEY = "RUSTLLAMA_API_KEY"
@@ -37,87 +38,6 @@ _NO_LISTENER = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.Connec
 _KEY_REFUSED = (Unauthorized, Forbidden, TooManyRequests)
 
 T = TypeVar("T")
-
-
-class Version(msgspec.Struct, frozen=True):
-    version: str
-    rustllama: str
-
-
-class Details(msgspec.Struct, frozen=True):
-    family: str = ""
-    parameter_size: str = ""
-    quantization_level: str = ""
-
-
-class Model(msgspec.Struct, frozen=True):
-    """A registered name. `size` is in bytes, `modified_at` RFC 3339."""
-
-    name: str
-    path: str = ""
-    modified_at: str = ""
-    size: int = 0
-    details: Details = Details()
-
-
-class LoadedModel(msgspec.Struct, frozen=True):
-    """A model in memory. `size` is in bytes, `context_length` in tokens; no `expires_at`: it stays."""
-
-    name: str
-    size: int = 0
-    context_length: int = 0
-    slots: int = 0
-    running: int = 0
-    queued: int = 0
-    expires_at: str | None = None
-
-
-class ModelCard(msgspec.Struct, frozen=True):
-    """What a server tells of one model; `model_info` has the keys of the GGUF."""
-
-    details: Details = Details()
-    model_info: dict[str, Any] = {}
-    template: str = ""
-    license: str | None = None
-    path: str = ""
-
-
-class Message(msgspec.Struct, frozen=True):
-    role: str = "assistant"
-    content: str = ""
-
-
-class Reply(msgspec.Struct, frozen=True):
-    """One line of an answer. The last has `done`, the counts in tokens and the durations in nanoseconds.
-
-    Lines with a `status` come before the first word: "loading" with `completed` and `total` in bytes, "queued" with a
-    `position` of which 1 is the next, "prompt" with `completed`, `total` and `cached` in tokens.
-    """
-
-    model: str = ""
-    status: str = ""
-    completed: int = 0
-    total: int = 0
-    cached: int = 0
-    position: int = 0
-    message: Message = Message()
-    done: bool = False
-    error: str | None = None
-    warnings: list[str] = []
-    load_duration: int = 0
-    queue_duration: int = 0
-    prompt_eval_count: int = 0
-    prompt_eval_cached_count: int = 0
-    prompt_eval_duration: int = 0
-    eval_count: int = 0
-    eval_duration: int = 0
-
-
-class Listing(msgspec.Struct, frozen=True):
-    """All registered names, and what the user should know of them."""
-
-    models: list[Model]
-    warnings: list[str] = []
 
 
 class _LoadedModels(msgspec.Struct):
@@ -197,6 +117,23 @@ class Client:
     def create(self, name: str, path: str) -> None:
         """Registers the GGUF at `path`, absolute on the server's machine; proving it may take minutes."""
         self._call("POST", "/api/create", {"name": name, "modelpath": path}, as_type=_Status, read_timeout_s=None)
+
+    def pull(self, source: str, name: str = "") -> Generator[Pulled, None, None]:
+        """Fetches the model and registers it, as `name` if there is one; lines as they come, the last with its name.
+
+        Closing the generator ends the pull, unless others wait for it; the next one goes on where it stopped.
+        """
+        body = {"model": source, "as": name, "stream": True}
+        with self._request("POST", "/api/pull", body, read_timeout_s=None) as response, self._translated():
+            done = False
+            for line in _lines(response):
+                pulled = self._decoded(line, Pulled)
+                if pulled.error is not None:
+                    raise RustllamaError(pulled.error)
+                yield pulled
+                done = pulled.status == "success"
+            if not done:
+                raise self._broken()
 
     def delete(self, name: str) -> None:
         self._call("DELETE", "/api/delete", {"name": name}, as_type=_Status)

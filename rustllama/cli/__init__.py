@@ -14,6 +14,7 @@ from rustllama.errors import RustllamaError, SettingError
 _VERBS = {
     "serve": "rustllama.cli.serve:serve",
     "run": "rustllama.cli.run:run",
+    "pull": "rustllama.cli.pull:pull",
     "create": "rustllama.cli.models:create",
     "list": "rustllama.cli.models:list_models",
     "show": "rustllama.cli.models:show",

@@ -15,8 +15,9 @@ from rustllama.cli.home import Home
 from rustllama.cli.pick import pick_model
 from rustllama.cli.render import answer_on, note
 from rustllama.cli.waiting import Waiting
-from rustllama.client import Client, Message, Reply
+from rustllama.client import Client
 from rustllama.errors import AnswerLost, RustllamaError
+from rustllama.replies import Message, Reply
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from rustllama.cli.format import clean, console_on, one_line, print_fields, print_table, since, size, spinner
-from rustllama.client import Client, Model, ModelCard
+from rustllama.client import Client
+from rustllama.replies import Model, ModelCard
 
 
 def _client() -> Client:
@@ -34,8 +35,11 @@ def create(name: str, path: Path) -> None:
 def list_models() -> None:
     """List the registered models (also: ls)."""
     listing = _client().listing()
-    rows = ((model.name, size(model.size), *_details(model), since(model.modified_at)) for model in listing.models)
-    print_table(console_on(sys.stdout), ("NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED"), rows)
+    rows = (
+        (model.name, size(model.size), *_details(model), since(model.modified_at), model.origin)
+        for model in listing.models
+    )
+    print_table(console_on(sys.stdout), ("NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED", "ORIGIN"), rows)
     for warning in listing.warnings:
         click.echo(f"Warning: {one_line(warning)}", err=True)
 
@@ -65,6 +69,9 @@ def describe(card: ModelCard) -> Iterator[tuple[str, str]]:
     yield "template", "yes" if card.template else "none in the file: ChatML is used"
     yield "license", (card.license or "none in the file").strip().partition("\n")[0]
     yield "path", card.path
+    yield "origin", card.origin or "a file of yours"
+    if card.sha256:
+        yield "sha256", card.sha256
 
 
 @click.command("rm", epilog="\b\nExample:\n  rustllama rm llama3.2")

@@ -1,32 +1,52 @@
-"""Which model the console talks to: a name, a GGUF file, the last one used, or `demo`."""
+"""Which model the console talks to: a name, a GGUF file, a place to pull it from, the last one used, or `demo`."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
+import click
 from rich.console import Console
 
-from rustllama.cli.format import spinner
+from rustllama.cli.format import clean, spinner
 from rustllama.cli.home import Home
+from rustllama.cli.pull import fetch
 from rustllama.cli.render import note
-from rustllama.client import Client, Model
+from rustllama.client import Client
 from rustllama.errors import RustllamaError
+from rustllama.replies import Model
 
 DEMO = "demo"
+
+_SOURCES = ("hf.co/", "huggingface.co/", "https://", "http://")
 
 
 def pick_model(client: Client, given: str | None, home: Home, notes: Console) -> str:
     """The name of `given`, which may be a path to a GGUF file; None stands for the last model or `demo`."""
     if given is None:
         return _last(client, home, notes)
+    if given.lower().startswith(_SOURCES):
+        return _pulled(client, given, notes)
     path = Path(given).expanduser()
     if (os.sep in given or given.lower().endswith(".gguf")) and path.exists():
         return _registered(client, path.absolute(), notes)
     if given.startswith(("/", "./", "../", "~")) or given.lower().endswith(".gguf"):
         raise RustllamaError(f"There is no file {path.absolute()}: `rustllama list` shows the models by name.")
     return given
+
+
+def _pulled(client: Client, source: str, notes: Console) -> str:
+    """The model that is from there, or will be if the user wants it."""
+    for model in client.models():
+        if _key(source) in (_key(model.name), model.origin.lower()):
+            return model.name
+    if not (sys.stdin.isatty() and notes.is_terminal):
+        raise RustllamaError(f"There is no model {source} yet: `rustllama pull {source}` fetches it.")
+    if not click.confirm(f"{clean(source)} is not here yet: fetch it?", default=True, err=True):
+        raise click.Abort
+    return fetch(client, source, "", notes)
 
 
 def _last(client: Client, home: Home, notes: Console) -> str:

@@ -11,13 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import rustllama
+from rustllama.cli.format import spinner
 from rustllama.cli.home import Home
 from rustllama.client import Client
-from rustllama.errors import RustllamaError
+from rustllama.errors import RustllamaError, ServerUnreachable
 from rustllama.keys import new_secret
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _URL = re.compile(rb"https?://\S+")
 _LOG = "private-server.log"
@@ -46,6 +50,32 @@ def private_server(home: Home, defaults: Mapping[str, str] = _NOTHING) -> Iterat
         process.terminate()  # it would notice the end of its input too, but later
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GOODBYE_S)
+
+
+@contextlib.contextmanager
+def served(home: Home, notes: Console) -> Iterator[Client]:
+    """A client of the server that runs, else of a private one."""
+    client = Client.from_env(os.environ)
+    if _answers(client):
+        yield client
+        return
+    with contextlib.ExitStack() as stack:
+        with spinner(notes, "Starting a server"):
+            private = stack.enter_context(private_server(home))
+        from rustllama.cli.render import note
+
+        note(notes, f"No server at {client.url}: a private one was started, which ends with this command.")
+        yield private
+
+
+def _answers(client: Client) -> bool:
+    try:
+        client.version()
+    except ServerUnreachable:
+        if client.is_local:
+            return False
+        raise
+    return True
 
 
 def _started(home: Home, secret: str, defaults: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rustllama.cli.format import clean
 from rustllama.cli.waiting import Waiting
-from rustllama.client import Reply
+from rustllama.replies import Reply
 
 REFRESH_S = 0.1  # the least time between two drawings of what is still growing
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
-from rustllama.cli.format import console_on, spinner
+from rustllama.cli.format import console_on
 from rustllama.cli.home import Home
-from rustllama.cli.private import private_server
-from rustllama.client import Client
-from rustllama.errors import BadRequest, ServerUnreachable
+from rustllama.cli.private import served
+from rustllama.errors import BadRequest
 from rustllama.settings import Settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from rustllama.cli.chat import Chat
 
 
 @click.command(
     context_settings={"ignore_unknown_options": True},
     epilog="\b\nExamples:\n  rustllama run\n  rustllama run llama3.2\n  rustllama run ~/models/llama-3.2.gguf\n"
+    "  rustllama run hf.co/bartowski/Llama-3.2-3B-Instruct-GGUF\n"
     '  rustllama run demo "Why is the sky blue?"\n  cat letter.txt | rustllama run llama3.2 "Summarize this:"',
 )
 @click.argument("model", required=False)
@@ -34,8 +30,9 @@ if TYPE_CHECKING:
 def run(model: str | None, prompt: tuple[str, ...], verbose: bool) -> None:
     """Chat with MODEL, or answer PROMPT once.
 
-    MODEL is a name or the path of a GGUF file; without one it is the last used, else demo. Piped input is answered
-    once too, behind the PROMPT if there is one. Where no server runs, a private one does while this command lasts.
+    MODEL is a name, the path of a GGUF file, or where to pull it from; without one it is the last used, else demo.
+    Piped input is answered once too, behind the PROMPT if there is one. Where no server runs, a private one does while
+    this command lasts.
     """
     from rustllama.cli.chat import Chat
     from rustllama.cli.pick import pick_model
@@ -45,7 +42,7 @@ def run(model: str | None, prompt: tuple[str, ...], verbose: bool) -> None:
     home = Home(Settings.from_env(os.environ).home_path)
     notes = console_on(sys.stderr)
     question = None if sys.stdin.isatty() and not prompt else _question(prompt)
-    with _server(home, notes) as client:
+    with served(home, notes) as client:
         chat = Chat(client, "", console_on(sys.stdout), notes, home, verbose)
         if question is None:
             _converse(chat, model)
@@ -61,32 +58,6 @@ def _question(prompt: tuple[str, ...]) -> str:
     if not question:
         raise BadRequest("There is nothing to answer: give a PROMPT or pipe some text in.")
     return question
-
-
-@contextlib.contextmanager
-def _server(home: Home, notes: Console) -> Iterator[Client]:
-    """A client of the server that runs, else of a private one."""
-    from rustllama.cli.render import note
-
-    client = Client.from_env(os.environ)
-    if _answers(client):
-        yield client
-        return
-    with contextlib.ExitStack() as stack:
-        with spinner(notes, "Starting a server"):
-            private = stack.enter_context(private_server(home))
-        note(notes, f"No server at {client.url}: a private one was started, which ends with this command.")
-        yield private
-
-
-def _answers(client: Client) -> bool:
-    try:
-        client.version()
-    except ServerUnreachable:
-        if client.is_local:
-            return False
-        raise
-    return True
 
 
 def _converse(chat: Chat, model: str | None) -> None:
@@ -105,7 +76,7 @@ def _converse(chat: Chat, model: str | None) -> None:
     if chat.model == DEMO:
         note(
             chat.notes,
-            f"{DEMO} is tiny: it knows rustllama and little else. For a real model download a GGUF file, "
-            "from huggingface.co for one, and start `rustllama run FILE.gguf`.",
+            f"{DEMO} is tiny: it knows rustllama and little else. `rustllama run hf.co/USER/REPO` fetches a real model "
+            "from Hugging Face, `rustllama run FILE.gguf` takes one that you have.",
         )
     converse(chat, reader(chat), take_quietly)

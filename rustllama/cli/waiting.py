@@ -11,7 +11,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from rustllama.cli.format import clean
-from rustllama.client import Reply
+from rustllama.replies import Reply
 
 SHOWN_AFTER_S = 0.5
 _BAR_WIDTH = 20
