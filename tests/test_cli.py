@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from rustllama.cli import verbs
 from rustllama.cli.home import Home
 from rustllama.cli.pick import free_name
-from rustllama.client import Model
+from rustllama.replies import Model
 from tests.stand_in import BREAK, StandIn, last_line, line, model, stand_in
 
 HEAVY = {"flask", "gevent", "peewee", "llama_cpp", "prompt_toolkit"}
@@ -59,11 +59,11 @@ def test_list_is_light(fake: StandIn, tmp_path: Path) -> None:
 
 
 def test_list_shows_what_each_model_is(fake: StandIn) -> None:
-    fake.models(model("llama3.2", modified_at="2020-10-04T14:56:49.277302595-07:00"))
+    fake.models(model("llama3.2", modified_at="2020-10-04T14:56:49.277302595-07:00", origin="hf.co/a/b:Q8_0"))
     header, row = in_process(fake, "ls").output.splitlines()
-    assert header.split() == ["NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED"]
+    assert header.split() == ["NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED", "ORIGIN"]
     assert row.split()[:5] == ["llama3.2", "1.3", "GB", "1.2B", "Q8_0"]
-    assert row.endswith("years ago")
+    assert row.split("years ago")[1].split() == ["hf.co/a/b:Q8_0"]
 
 
 def test_create_sends_an_absolute_path(fake: StandIn, tmp_path: Path) -> None:

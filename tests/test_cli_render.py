@@ -14,7 +14,7 @@ from rich.console import Console
 from rustllama.cli.format import clean, distance, parse_time, print_table, size
 from rustllama.cli.render import LiveAnswer, PlainAnswer, answer_on, split_blocks
 from rustllama.cli.waiting import SHOWN_AFTER_S, Waiting, described
-from rustllama.client import Reply
+from rustllama.replies import Reply
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 

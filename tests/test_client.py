@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from rustllama.client import Client, Message, base_url
+from rustllama.client import Client, base_url
 from rustllama.errors import RustllamaError, ServerUnreachable, SettingError
 from rustllama.origin import is_loopback
+from rustllama.replies import Message
 from tests.stand_in import BREAK, HANG, StandIn, last_line, line, model, stand_in, status_line
 
 HELLO = [Message("user", "hello")]

@@ -17,14 +17,14 @@ PACKAGE = Path(__file__).parent.parent / "rustllama"
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "origin", "settings", "core", "keys"), "words"),
     **dict.fromkeys(("gguf", "templates", "template_helper", "database", "registry"), "leaves"),
-    **dict.fromkeys(("probe", "rlimits", "addresses", "verdicts", "model_files"), "leaves"),
+    **dict.fromkeys(("probe", "rlimits", "addresses", "verdicts", "model_files", "pull"), "leaves"),
     "engine": "pure engine",
     **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
     "engine.native": "native",
     "api": "api",
-    **dict.fromkeys(("client", "cli", "__main__"), "console"),
-    **dict.fromkeys(("bench", "demo", "doctor", "probe_child", "template_child"), "tools"),
+    **dict.fromkeys(("client", "replies", "cli", "__main__"), "console"),
+    **dict.fromkeys(("bench", "demo", "doctor", "probe_child", "template_child", "pull_child"), "tools"),
     **dict.fromkeys(("serve", "deaths", "worker", "tls", "gunicorn_conf", "connections", "client_socket"), "tools"),
 }
 MAY_IMPORT = {
@@ -41,6 +41,7 @@ ALSO = {
     ("registry", "gguf"),  # a record is made of what the header says
     ("registry", "database"),
     ("verdicts", "registry"),  # they lie among its facts
+    ("pull.public", "addresses"),
     ("cli.key", "registry"),  # keys are made on the database itself
     ("cli.doctor", "doctor.finding"),  # the type of what it prints
     ("template_helper", "templates"),  # what is sent to the helper is what templates are made of

@@ -23,8 +23,9 @@ import pytest
 import requests
 from gevent.ssl import SSLContext
 
-from rustllama.client import Client, Message
+from rustllama.client import Client
 from rustllama.errors import Forbidden, RustllamaError, Unauthorized
+from rustllama.replies import Message
 from rustllama.tls import shake_hands
 from tests.conftest import Server, start_server
 from tests.test_serve import serve_fails, until

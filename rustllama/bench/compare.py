@@ -18,8 +18,9 @@ from rustllama.bench.load import LoadRun, Plan
 from rustllama.bench.report import Figures
 from rustllama.cli.home import Home
 from rustllama.cli.private import private_server
-from rustllama.client import Client, Message
+from rustllama.client import Client
 from rustllama.errors import Unavailable
+from rustllama.replies import Message
 
 MODEL_NAME = "bench"
 _MEASURED = "rustllama_decode_call_seconds{"
