@@ -186,7 +186,7 @@ class LlamaEngine:
     def _open(self, n_ctx: int, n_slots: int) -> Lane:
         may_draft = self._settings.speculation and Cuts.of(self._info) == Cuts()
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft)
-        context = bridge.offload(Lane.open, self._model, shape, self._settings)
+        context = bridge.offload(shape.open, self._model, self._settings)
         settings, sharing = self._settings, Sharing(self._shelf(shape))
         cost = self._decode_cost(shape)
         scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)

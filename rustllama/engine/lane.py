@@ -39,9 +39,21 @@ class LaneShape:
     n_threads: int
     may_draft: bool
 
+    def open(self, model: Model, settings: Settings) -> Context:
+        """Blocks: call it in a worker thread. Raises OutOfMemory."""
+        return Context(
+            model,
+            n_ctx=self.n_ctx,
+            n_slots=self.n_slots,
+            n_batch=self.n_batch,
+            n_threads=self.n_threads,
+            flash_attention=settings.flash_attention,
+            kv_cache_type=settings.kv_cache_type,
+        )
+
 
 class Lane:
-    """All methods are called in the hub, but `open`, which runs in a worker thread."""
+    """All methods are called in the hub."""
 
     def __init__(
         self,
@@ -68,19 +80,6 @@ class Lane:
         self._stopped = bridge.Event()
         self._closing = False
         bridge.spawn(self._loop)
-
-    @staticmethod
-    def open(model: Model, shape: LaneShape, settings: Settings) -> Context:
-        """Raises OutOfMemory."""
-        return Context(
-            model,
-            n_ctx=shape.n_ctx,
-            n_slots=shape.n_slots,
-            n_batch=shape.n_batch,
-            n_threads=shape.n_threads,
-            flash_attention=settings.flash_attention,
-            kv_cache_type=settings.kv_cache_type,
-        )
 
     @property
     def running(self) -> int:
