@@ -44,7 +44,7 @@ def ask(chat: Terminal, text: str, until: str = PROMPT) -> str:
 
 def test_demo_says_at_the_start_what_it_is(fake: StandIn, tmp_path: Path) -> None:
     with terminal("run", RUSTLLAMA_HOST=fake.url, RUSTLLAMA_HOME=str(tmp_path)) as chat:
-        assert "GGUF" in chat.wait_for(PROMPT)
+        assert "FILE.gguf" in chat.wait_for(PROMPT)
 
 
 def test_a_conversation_goes_on_from_what_was_said(fake: StandIn, chat: Terminal) -> None:
