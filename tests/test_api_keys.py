@@ -125,7 +125,8 @@ def test_a_key_to_chat_may_neither_create_nor_delete(house: House) -> None:
     assert sentence == "The API key 'mine-key' may chat and not DELETE /api/delete."
     rules = [(method, rule.rule) for rule in house.app.url_map.iter_rules() for method in rule.methods or ()]
     denied = {(method, path) for method, path in rules if mine.send(method, path).status_code == 403}
-    assert denied == {("POST", "/api/create"), ("DELETE", "/api/delete")}
+    blobs = {("HEAD", "/api/blobs/<digest>"), ("POST", "/api/blobs/<digest>")}
+    assert denied == {("POST", "/api/create"), ("DELETE", "/api/delete"), ("POST", "/api/pull"), *blobs}
     ok(mine.chat())
 
 

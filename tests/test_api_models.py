@@ -16,6 +16,7 @@ from rustllama.api.details import parameter_size, tagged
 from rustllama.bridge import Event, spawn
 from rustllama.verdicts import Verdicts
 from tests.fakes import House, build_house, fake_record, lines, ok, refused
+from tests.test_api_templates import children
 from tests.toys import CHATML, write_toy
 
 
@@ -115,15 +116,11 @@ def test_proofs_take_turns(house: House, tmp_path: Path, gguf_file: Path) -> Non
 
     for name in ("a", "b"):
         spawn(partial(create, name))
-    most = 0
+    before, most = children(), 0
     while len(statuses) < 2:
-        most = max(most, len(_children()))
+        most = max(most, len(children() - before))
         Event().wait(0.01)
     assert (statuses, most) == ([200, 200], 1)
-
-
-def _children() -> list[str]:
-    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
 
 def test_a_folder_is_refused(house: House, tmp_path: Path) -> None:

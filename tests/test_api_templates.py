@@ -88,13 +88,13 @@ def test_a_shift_learns_from_a_strangers_template_how_turns_begin(house: House) 
 def test_a_raw_prompt_starts_no_helper(house: House) -> None:
     before = children()
     ok(house.post("/api/generate", model="plain", prompt="Hi", raw=True))
-    assert children() == before
+    assert children() <= before
 
 
 def test_prompts_start_nothing_by_themselves() -> None:
     before = children()
     Prompts(Renderer())
-    assert children() == before
+    assert children() <= before
 
 
 def children() -> set[int]:
