@@ -75,6 +75,7 @@ class Lane:
         self._relay: bridge.Relay[Deltas] = bridge.Relay(self._deliver)
         self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
         self._scheduler = scheduler
+        self.check_room = scheduler.check_room
         self._witness = witness
         self._work = bridge.Event()
         self._stopped = bridge.Event()
@@ -106,10 +107,6 @@ class Lane:
     def ended(self) -> list[Sequence]:
         """Sequences that are over, and whose state is still to be saved and cleared."""
         return self._scheduler.ended
-
-    def check_room(self) -> None:
-        """Raises Busy where the queue is full."""
-        self._scheduler.check_room()
 
     def submit(self, request: GenerateRequest, tally: ModelTally, timeout_s: float) -> LaneStream:
         """`timeout_s` is how long it may take, 0: for ever. Raises Busy."""
