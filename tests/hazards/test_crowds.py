@@ -184,15 +184,15 @@ def _watch(server: Server, readers: Iterable[socket.socket]) -> tuple[float, lis
     ports = {reader.getsockname()[1] for reader in readers}
     blocked, most_mib = dict[int, tuple[int, float]](), 0.0
     blocked_s = dict[int, float]()
-    for _ in itertools.count():
+    deadline_s = time.monotonic() + 4 * DEADLINE_S
+    while len(blocked_s) < len(ports):
         now_s, queues = time.monotonic(), send_queues(server)
+        assert now_s < deadline_s
         most_mib = max(most_mib, resident_mib(server))
         for port in ports - blocked_s.keys():
             if port not in queues:
                 blocked_s[port] = now_s - blocked[port][1]
             elif port not in blocked or blocked[port][0] != queues[port]:
                 blocked[port] = queues[port], now_s
-        if len(blocked_s) == len(ports):
-            break
         time.sleep(LOOK_EVERY_S)
     return most_mib, list(blocked_s.values())

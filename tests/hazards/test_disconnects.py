@@ -72,6 +72,7 @@ def test_disconnect(
     row.is_at_least("clients that left", len(free_ms), LEAVING)
     row.is_within("the next one is answered, p95", percentile(free_ms, 0.95), limit_ms)
     assert prompts_begun(server) - before == (prompts + 1) * LEAVING, "they left too late"
+    assert server.log.read_text().count(" POST /api/chat 499 ") == LEAVING
     assert loaded(server)["running"] == loaded(server)["queued"] == 0
 
 
