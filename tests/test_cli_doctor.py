@@ -159,6 +159,7 @@ def test_files_that_no_model_uses_are_told(home: Path) -> None:
     folder = Settings(home=home).blobs_path
     folder.mkdir(parents=True)
     (folder / f"sha256-{'0' * 64}").write_bytes(b"sent")
+    (folder / f"sha256-{'1' * 64}.01.upload").write_bytes(b"on its way")
     assert "1 files in" in bad(look(home))
 
 

@@ -20,6 +20,7 @@ from rustllama import gguf
 from rustllama.core import FileIdentity, ModelInfo
 from rustllama.doctor.finding import Finding, hint, ok, wrong
 from rustllama.errors import BadModelFile
+from rustllama.model_files import ModelFiles
 from rustllama.registry import VERSION
 from rustllama.settings import Settings
 
@@ -151,7 +152,8 @@ def _changed(name: str, path: str, identity: str) -> Finding | None:
 def _unused(folder: Path, rows: list[tuple[str, str, str, str]]) -> Iterator[Finding]:
     """What clients sent and made no model of."""
     used = {path for row in rows for path in (row[1], *_parts(row[3]))}
-    unused = [path for path in folder.glob("sha256-*") if str(path) not in used]
+    files = ModelFiles(folder)
+    unused = [path for path in folder.glob("*") if files.contains(path) and str(path) not in used]
     if unused:
         size = sum(path.stat().st_size for path in unused)
         yield hint("models", f"{len(unused)} files in {folder} ({size / 1e9:.1f} GB) belong to no model: delete them.")
