@@ -80,10 +80,10 @@ def test_a_database_that_is_whole_stays(path: Path) -> None:
 STARTER = """
 import sys
 from pathlib import Path
-from tests.test_database import reopened
-from tests.test_registry import record
+from rustllama.registry import Registry
+from tests.test_registry import NOWHERE, record
 sys.stdin.readline()
-reopened(Path(sys.argv[1])).put(record(sys.argv[2]))
+Registry(Path(sys.argv[1]), bundled=NOWHERE).put(record(sys.argv[2]))
 """
 
 
