@@ -30,6 +30,7 @@ MANY = 26_000  # characters of one class: what ends a tokenizer on a stack of 8 
 CLASSES = ("a", " ", "7", "世", "\n", "é", "!", "\u0301", "🦙", "aA", "a ", "'s")
 PRE_TOKENIZERS = (
     *(
+        "superbpe",
         "gpt-4o",
         "llama4",
         "tekken",
@@ -41,7 +42,7 @@ PRE_TOKENIZERS = (
         "falcon",
         "starcoder",
     ),
-    *("mpt", "olmo", "dbrx", "smaug-bpe", "poro-chat", "chatglm-bpe", "viking", "command-r", "superbpe", "kimi-k2"),
+    *("mpt", "olmo", "dbrx", "smaug-bpe", "poro-chat", "chatglm-bpe", "viking", "command-r", "kimi-k2"),
     *("bailingmoe", "exaone", "chameleon", "minerva-7b", "gpt3-finnish", "codeshell", "bloom", "stablelm2", "refact"),
 )
 

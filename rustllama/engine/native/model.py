@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import llama_cpp
 
 from rustllama.engine.native.library import forget_words, words
 from rustllama.errors import BadModelFile
+
+# llama.cpp's pattern for the pre-tokenizer `superbpe` looks from each digit to the end of its number, to cut threes
+# from the right: 26,000 digits take 23 s.
+_LONG_NUMBER = re.compile("[0-9]{1000,}")
+_CUT_DIGITS = 999
 
 
 class Model:
@@ -32,11 +38,16 @@ class Model:
         if not self._model:
             raise BadModelFile(f"llama.cpp could not load '{path}': {words()}.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._is_bpe = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_BPE
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self._pieces: dict[int, bytes | None] = {}
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """`parse_special` lets text that spells a special token become it; no BOS is added, see `leading_bos`."""
+        parts = with_short_numbers(text) if self._is_bpe else [text]
+        return [token for part in parts for token in self._tokenize(part, parse_special)]
+
+    def _tokenize(self, text: str, parse_special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 8
         while True:
@@ -90,6 +101,17 @@ class Model:
         if self._model:
             llama_cpp.llama_model_free(self._model)
             self._model = None
+
+
+def with_short_numbers(text: str) -> Iterator[str]:
+    """The text in parts; only numbers of a thousand digits are cut, at threes from the right."""
+    start = 0
+    for number in _LONG_NUMBER.finditer(text):
+        first = number.start() + (len(number[0]) % _CUT_DIGITS or _CUT_DIGITS)
+        for place in range(first, number.end(), _CUT_DIGITS):
+            yield text[start:place]
+            start = place
+    yield text[start:]
 
 
 def _progress_callback(tell: Callable[[float], None]) -> Any:
