@@ -127,6 +127,10 @@ def test_a_folder_is_refused(house: House, tmp_path: Path) -> None:
     assert "is a folder" in create_failure(house, name="m", modelpath=str(tmp_path))
 
 
+def test_what_is_wrong_at_first_sight_has_its_status_in_a_streamed_create_too(house: House, tmp_path: Path) -> None:
+    assert "There is no file" in create_failure(house, name="m", modelpath=str(tmp_path / "none.gguf"), stream=True)
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -66,22 +66,26 @@ class Catalog:
         with _discreetly(name):
             return offload(self._registry.get, name)
 
-    def create(self, name: str, path: str, preset: Preset = Preset()) -> None:  # noqa: B008 - frozen
-        """Examines and proves the file, then gives it the name; answers of a model replaced by it end well.
+    def examine(self, name: str, path: str, preset: Preset = Preset()) -> ModelRecord:  # noqa: B008 - frozen
+        """What would be registered. Raises BadRequest for the name, BadModelFile, or Unavailable."""
+        check_model(name)
+        return replace(self._examined(name, Path(os.path.abspath(os.path.expanduser(path)))), preset=preset)
+
+    def create(self, record: ModelRecord) -> None:
+        """Proves the file, then registers it; answers of a model replaced by it end well.
 
         Raises BadModelFile, OutOfMemory, DiskFull, ReadOnly, Unavailable or InternalError.
         """
-        check_model(name)
-        record = self._examined(name, Path(os.path.abspath(os.path.expanduser(path))))
-        replaced = self._known(name)
-        self._write(self._put, replace(record, preset=preset))
+        self._prove_alone(record)
+        replaced = self._known(record.name)
+        self._write(self._put, record)
         if replaced is not None:
             self._let_go(replaced)
 
     def adopt(self, name: str, fetched: Fetched) -> None:
         """As `create`, of files of the server's own; those of a model that proves to be bad are deleted."""
         try:
-            self.create(name, fetched.paths[0], fetched.preset)
+            self.create(self.examine(name, str(fetched.paths[0]), fetched.preset))
         except BadModelFile:
             offload(self._own_files.remove_unused, fetched.paths, self._registry.paths)
             raise
@@ -134,15 +138,17 @@ class Catalog:
             record = self.get(name)
             if not self._is_unchanged(record):
                 examined = self._examined(record.name, Path(record.path))
+                self._prove_alone(examined)
                 self._write(self._registry.renew, record, replace(examined, preset=record.preset))
             return self.get(name)
 
     def _examined(self, name: str, path: Path) -> ModelRecord:
         self._patiently(path, self._patience_s, partial(self._identity, path))  # a file system that hangs is told soon
-        record = self._patiently(path, self._patience_s + self._probe_timeout_s, partial(examine, name, path))
+        return self._patiently(path, self._patience_s + self._probe_timeout_s, partial(examine, name, path))
+
+    def _prove_alone(self, record: ModelRecord) -> None:
         with self._proving:
             offload(self._prove, record)
-        return record
 
     def _prove(self, record: ModelRecord) -> None:
         """Once, for each state of the file; and again when it killed a worker since."""

@@ -52,7 +52,8 @@ class Models:
         path, preset = self._source(asked)
         if asked.template:
             self._check_template(asked.template)
-        work = partial(self._catalog.create, name, path, preset)
+        record = self._catalog.examine(name, path, preset)  # what is wrong at first sight is told by the status
+        work = partial(self._catalog.create, record)
         if asked.stream:
             lines = stream_with_context(_told(asked, work, call_of(request.environ)))
             return Response(lines, content_type="application/x-ndjson")
