@@ -168,6 +168,15 @@ def answering(settings: Settings, url: str) -> Finding:
     return found
 
 
+def test_a_pull_that_nobody_went_on_with_is_told_after_a_week(home: Path) -> None:
+    partial = home / "models" / "partial"
+    partial.mkdir(parents=True)
+    (partial / "ab.data").write_bytes(b"x" * 1000)
+    assert {mark for _, mark in marks(look(home))} == {"ok"}
+    os.utime(partial / "ab.data", (0, 0))
+    assert f"pulls that ended early are in {partial}" in bad(look(home))
+
+
 def test_a_rustllama_that_runs_is_no_fault(server: Server) -> None:
     found = answering(Settings.from_env({"RUSTLLAMA_HOST": server.url}), server.url)
     assert found.mark is Mark.OK

@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,7 @@ from rustllama.core import FileIdentity, ModelInfo
 from rustllama.doctor.finding import Finding, hint, ok, wrong
 from rustllama.errors import BadModelFile
 from rustllama.model_files import ModelFiles
+from rustllama.pull.store import Store
 from rustllama.registry import VERSION
 from rustllama.settings import Settings
 
@@ -28,6 +30,7 @@ T = TypeVar("T")
 _PATIENCE_S = 1.0  # with all files of models together
 _LOW_BYTES = 1 << 30
 _GONE_BYTES = 16 << 20
+_FORGOTTEN_S = 7 * 86_400.0
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
@@ -105,6 +108,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
     yield ok("database", f"{path} is sound.", models=len(rows))
     yield from _models(rows)
     yield from _unused(settings.blobs_path, rows)
+    yield from _unfinished(settings.models_path)
 
 
 def _try_to_write(path: Path) -> None:
@@ -157,6 +161,19 @@ def _unused(folder: Path, rows: list[tuple[str, str, str, str]]) -> Iterator[Fin
     if unused:
         size = sum(path.stat().st_size for path in unused)
         yield hint("models", f"{len(unused)} files in {folder} ({size / 1e9:.1f} GB) belong to no model: delete them.")
+
+
+def _unfinished(folder: Path) -> Iterator[Finding]:
+    """Pulls that nobody goes on with."""
+    store, long_ago_s = Store(folder), time.time() - _FORGOTTEN_S
+    files = [path for path in store.partial.glob("*.data") if path.stat().st_mtime < long_ago_s]
+    if files:
+        size = sum(store.here_bytes(path.stem) for path in files)
+        yield hint(
+            "models",
+            f"{len(files)} pulls that ended early are in {store.partial} for a week ({size / 1e9:.1f} GB): pull again, "
+            "or delete them.",
+        )
 
 
 def _parts(info: str) -> tuple[str, ...]:
