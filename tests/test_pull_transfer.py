@@ -14,8 +14,8 @@ import pytest
 from rustllama.errors import BadRequest, DiskFull, InternalError, NotFound, RustllamaError, SourceRefused, Unreachable
 from rustllama.pull.progress import Fetched, Progress
 from tests.disks import Disk
-from tests.hosts import Host, cut, hang, hosting, refuse
-from tests.puller import Puller
+from tests.hosts import Handler, Host, cut, hang, hosting, refuse
+from tests.puller import BLOCK, Puller
 
 BODY = random.Random(1).randbytes(300_000)
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -157,6 +157,23 @@ def test_a_disk_that_is_too_small_is_told_before_anything_comes(host: Host, tmp_
     with pytest.raises(DiskFull, match=r"free and 0\.3 MB are still to come: free .* RUSTLLAMA_MODELS"):
         puller.pull(f"{host.url}/model.gguf")
     assert host.sent_bytes == 1
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_and_what_came_stays(
+    host: Host, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rustllama.pull.store._SPARE_BYTES", 0)  # more than the disk has
+
+    def fill(handler: Handler, body: bytes) -> None:
+        disk.fill()
+        cut(BLOCK)(handler, body)
+
+    host.faults.append(fill)
+    puller = Puller(disk.path)
+    with pytest.raises(DiskFull, match="pull again, which goes on where it stopped"):
+        puller.pull(f"{host.url}/model.gguf")
+    disk.clear()
+    assert is_whole(puller.pull(f"{host.url}/model.gguf"))
 
 
 def test_no_host_is_one_sentence(puller: Puller) -> None:
