@@ -47,7 +47,8 @@ def adjacent(path: Path, rounds: int, others: int = 100) -> None:
     ):
         for _ in range(rounds):
             _come_and_go(server, path, others)
-            deep = {"prompt_tokens": _DEPTH, "answer_tokens": answer}
+            # they share what they read: the first would have answered before the last had read a prompt of its own
+            deep = {"prompt_tokens": _DEPTH, "shared_prefix": _DEPTH - 40, "answer_tokens": answer}
             found = load(server, path, concurrency=SLOTS, requests=SLOTS, warmup=0, **deep)
             assert found.together_tokens_per_s is not None
             step_ms, unified_ms = SLOTS / found.together_tokens_per_s * 1e3, _steps_ms(unified, answer)

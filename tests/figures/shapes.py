@@ -20,6 +20,7 @@ from tests.figures.serving import load, median, scrape, serving
 
 SLOTS = 16
 PROMPT, ANSWER = 40, 48  # tokens
+_SHARED = 16  # of a prompt's; they are read once for all, or the first would end before the last begins
 _TRIES = 5
 _PER_CURVE = 4  # runs: the machine's own speed drifts
 
@@ -35,7 +36,7 @@ def measure(path: Path, streams: list[int], rounds: int) -> None:
         for _ in range(rounds):
             for turn, count in enumerate(random.sample(streams, len(streams))):
                 curve = bare_curve(path) if turn % _PER_CURVE == 0 else curve
-                lengths = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER}
+                lengths = {"prompt_tokens": PROMPT, "shared_prefix": _SHARED, "answer_tokens": ANSWER}
                 found = load(server, path, concurrency=count, requests=count, warmup=0, **lengths)
                 assert found.together_tokens_per_s is not None
                 plain[count].append(found.together_tokens_per_s * curve[count] / count / 1e3)
