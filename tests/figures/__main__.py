@@ -87,5 +87,12 @@ def _pulls(size: int, rounds: int) -> None:
     pulls.measure(size * 1_000_000, rounds)
 
 
+@figures.command("beside", help=pulls.beside.__doc__)
+@_MODEL
+@_ROUNDS
+def _beside(model: Path, rounds: int) -> None:
+    pulls.beside(model, rounds)
+
+
 if __name__ == "__main__":
     figures()
