@@ -43,7 +43,7 @@ def adjacent(path: Path, rounds: int, others: int = 100) -> None:
     with (
         closing(Model(str(path))) as model,
         _unified(model) as unified,
-        serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(SLOTS), PROMPT_CACHE_MEMORY="0") as server,
+        serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(SLOTS)) as server,
     ):
         for _ in range(rounds):
             _come_and_go(server, path, others)
