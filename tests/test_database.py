@@ -79,9 +79,13 @@ def test_a_database_that_is_whole_stays(path: Path) -> None:
 
 STARTER = """
 import sys
+import time
 from pathlib import Path
+from rustllama.database import Database
 from rustllama.registry import Registry
 from tests.test_registry import NOWHERE, record
+move_aside = Database._move_aside
+Database._move_aside = lambda database: (time.sleep(0.5), move_aside(database))
 sys.stdin.readline()
 Registry(Path(sys.argv[1]), bundled=NOWHERE).put(record(sys.argv[2]))
 """
