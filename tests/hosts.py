@@ -83,9 +83,9 @@ class Handler(BaseHTTPRequestHandler):
         fields = {"Content-Length": str(len(body)), **self.host.headers, **(headers or {})}
         for name, value in fields.items():
             self.send_header(name, value)
+        self.host.sent_bytes += len(body)  # first: a client that has the headers may be a test that looks
         self.end_headers()
         self.wfile.write(body)
-        self.host.sent_bytes += len(body)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -117,8 +117,8 @@ def stall(after_bytes: int) -> Fault:
     """Says nothing more in the middle of an answer, until the client hangs up."""
 
     def fault(handler: Handler, body: bytes) -> None:
-        cut(after_bytes)(handler, body)
         handler.host.sent_bytes += after_bytes
+        cut(after_bytes)(handler, body)
         handler.connection.settimeout(60)
         handler.connection.recv(1)
 
