@@ -90,6 +90,25 @@ def test_every_size_is_measured_until_all_are_known() -> None:
     assert cost.ms[:6] == [0, 101, 202, 306, 403, 507], "the fastest of three"
 
 
+def test_a_size_that_seems_dearer_than_a_larger_one_is_measured_more_often() -> None:
+    cost = DecodeCost(4, may_draft=False)
+    seen = []
+    while rows := cost.wanted:
+        seen.append(rows)
+        cost.measured(rows, 1000.0 if rows == 2 and seen.count(2) < 4 else 100.0 * rows)
+    assert seen.count(2) == 4
+    assert cost.ms[2] == 200, "three disturbed measures are not believed"
+
+
+def test_what_a_disturbance_made_dear_is_soon_believed_to_be_cheap() -> None:
+    cost = DecodeCost(2, [0, 10, 300])
+    for _ in range(6):
+        cost.observe(2, depth=10, ms=15)
+    assert cost.ms[2] < 20
+    cost.observe(2, depth=10, ms=300)
+    assert cost.ms[2] < 35, "one that is disturbed later makes it dear no more"
+
+
 def test_drafts_cost_what_the_rows_cost_that_they_add() -> None:
     cost = DecodeCost(16, list(Q8_0))
     assert cost.of_drafts(1) == ((1, 91 / 32), (3, 4.0), (7, 132 / 32), (15, 203 / 32))

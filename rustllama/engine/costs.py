@@ -16,7 +16,9 @@ DRAFT_ROWS = 16  # of one sequence in a call, at most
 _DRAFTS = (1, 3, 7, 15)  # that a sequence may carry: with its token, sizes that every kernel likes
 _FEWEST_TO_CHOOSE = 2  # sizes of calls
 _TRIES = 3  # apart in time: a neighbour on the machine disturbs all that it meets
-_CORRECTION = 0.05
+_TRIES_OF_DOUBTFUL = 5
+_CORRECTION = 0.05  # upwards: what is slower may have been disturbed
+_RELIEF = 0.5  # downwards: nothing makes a call faster than it is
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
 _FORGETTING = 0.9  # what the past weighs at each observation of a prompt call: about ten of them count
 _SPREAD = 64  # tokens of depth; over less, no slope can be told
@@ -58,7 +60,7 @@ class DecodeCost:
         useful = drafts.union(range(1, self.slots + 1))
         if not self.slots or len(useful) < _FEWEST_TO_CHOOSE:
             return None
-        wanted = [rows for rows in useful if self._tries[rows] < _TRIES]
+        wanted = [rows for rows in useful if self._tries[rows] < self._enough(rows)]
         return min(wanted, key=lambda rows: (self._tries[rows], rows.bit_count(), rows), default=None)
 
     def measured(self, rows: int, ms: float) -> None:
@@ -73,7 +75,7 @@ class DecodeCost:
         """A call that served somebody, at this mean depth in tokens."""
         if depth < _SHALLOW and rows < len(self.ms):
             before = self.ms[rows] or ms
-            self.ms[rows] = before + _CORRECTION * (ms - before)
+            self.ms[rows] = before + (_CORRECTION if ms > before else _RELIEF) * (ms - before)
             self._moved += abs(self.ms[rows] / before - 1)
             if self._moved > _ENOUGH_TO_CHOOSE_AGAIN or before == ms:
                 self._moved = 0.0
@@ -96,6 +98,12 @@ class DecodeCost:
         if key not in self._splits:
             self._splits[key] = self._cheapest(rows, scratch)
         return self._splits[key]
+
+    def _enough(self, rows: int) -> int:
+        """Tries. A call dearer than a larger one is what some kernels have, and what a disturbance looks like; believed
+        wrongly, it would never be made again and so never be corrected.
+        """
+        return _TRIES_OF_DOUBTFUL if any(0 < ms < self.ms[rows] for ms in self.ms[rows + 1 :]) else _TRIES
 
     def _cheapest(self, rows: int, scratch: int) -> Split:
         """Over all ways to cut `rows` into calls; only the last call's rows have empty slots beside them."""
