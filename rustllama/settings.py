@@ -169,7 +169,9 @@ class Settings:
     )
     max_queue: int = _setting(_whole(0, 1 << 20), 512, "requests that wait for a slot before others get 503")
     num_thread: int | None = _setting(
-        _whole(1, 512), None, "threads of llama.cpp; default: the physical cores this process may use"
+        _whole(1, 512),
+        None,
+        "threads of llama.cpp, fewer where others compute; default: the physical cores this process may use",
     )
     num_batch: int = _setting(_whole(1, 8192), 512, "tokens of the largest prompt call")
     num_gpu: int = _setting(_whole(-1, 1024), -1, "layers on the GPU; -1: all that fit")

@@ -131,6 +131,7 @@ class Timing:
     rows: int
     depth: float
     ns: int
+    crowded: bool = False  # somebody else needed the cores: other calls will not take as long
 
     @property
     def ms(self) -> float:

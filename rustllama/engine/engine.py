@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
@@ -18,6 +18,7 @@ from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import BUILD, Model, gpu_layers, listen
+from rustllama.engine.neighbours import Neighbours
 from rustllama.engine.prefix_store import PrefixStore, StoreState
 from rustllama.engine.recall import Recall
 from rustllama.engine.scheduler import Scheduler
@@ -46,6 +47,7 @@ class Shared:
     disk: DiskStore
     tally: Tally
     box: BlackBox
+    neighbours: Neighbours = field(default_factory=Neighbours)
 
 
 class LlamaEngines:
@@ -190,7 +192,8 @@ class LlamaEngine:
         settings, sharing = self._settings, Sharing(self._shelf(shape))
         cost = self._decode_cost(shape)
         scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)
-        return Lane(self._model, context, shape, scheduler, self._shared.native, self._share, self._witness)
+        native, neighbours = self._shared.native, self._shared.neighbours
+        return Lane(self._model, context, shape, scheduler, native, self._share, self._witness, neighbours)
 
     def _decode_cost(self, lane: LaneShape) -> DecodeCost:
         """Begins with what was measured before, by the same build on the same machine."""

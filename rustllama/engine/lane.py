@@ -14,6 +14,7 @@ from rustllama.core import Delta, GenerateRequest, Progress, Queued
 from rustllama.engine.black_box import Witness
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
+from rustllama.engine.neighbours import Neighbours
 from rustllama.engine.runner import Deltas, Runner
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
@@ -64,6 +65,7 @@ class Lane:
         native: bridge.NativeThreads,
         share: Share,
         witness: Witness,
+        neighbours: Neighbours,
     ):
         self.shape = shape
         self.idle_since_s = time.monotonic()
@@ -73,7 +75,15 @@ class Lane:
         self._claim = Claim(share, self._granted.set)
         self._context = context
         self._relay: bridge.Relay[Deltas] = bridge.Relay(self._deliver)
-        self._runner = Runner(model, context, self._relay.post, self._may_go_on, may_draft=shape.may_draft)
+        self._runner = Runner(
+            model,
+            context,
+            self._relay.post,
+            self._may_go_on,
+            neighbours=neighbours,
+            n_threads=shape.n_threads,
+            may_draft=shape.may_draft,
+        )
         self._scheduler = scheduler
         self.check_room = scheduler.check_room
         self._witness = witness
@@ -236,9 +246,10 @@ class Lane:
             patience_s = 0.0 if self._turns.holder is None else _PATIENCE_S
             if self._turns.holder is None:
                 with self._turn():
-                    ms = self._native.call(self._runner.measure, rows)
-                cost.measured(rows, ms)
-                spent_ms += ms
+                    timing = self._native.call(self._runner.measure, rows)
+                spent_ms += timing.ms
+                if not timing.crowded:
+                    cost.measured(rows, timing.ms)
         self._work.wait()
 
     def _fetch(self, fetch: Fetch) -> None:

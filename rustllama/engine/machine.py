@@ -5,11 +5,21 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CPU = Path("/sys/devices/system/cpu")
 _STATM = Path("/proc/self/statm")
+_STAT = Path("/proc/stat")
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """The processors that this process may use, and the seconds that they have computed since the machine started."""
+
+    count: int
+    busy_s: float
 
 
 def free_memory_bytes() -> int:
@@ -46,6 +56,18 @@ def physical_cores() -> int:
     quota, _, period = (_text(_CGROUP / "cpu.max") or "max").partition(" ")
     share = len(siblings) if quota == "max" else max(1, int(quota) // int(period))
     return max(1, min(len(siblings), share))
+
+
+def cores() -> Cores | None:
+    """None where the system does not tell. Work that gives way (nice) does not count, unless ours gives way as well."""
+    if sys.platform == "darwin":
+        return None
+    names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    fields = [line.split() for line in (_text(_STAT) or "").splitlines() if line.startswith("cpu")]
+    found = [[int(ticks) for ticks in times] for name, *times in fields if name in names]
+    polite = os.nice(0) > 0
+    busy = sum(user + nice * polite + system + irq + softirq for user, nice, system, _, _, irq, softirq, *_ in found)
+    return Cores(len(found), busy / os.sysconf("SC_CLK_TCK")) if found else None
 
 
 def _meminfo(name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -13,11 +13,13 @@ from rustllama.core import Delta
 from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Inherit, Kept, Move, Outcome, Restore, Swap, Timing
 from rustllama.engine.drafts import Drafter
 from rustllama.engine.native import Aborted, Context, Model, Sampler
+from rustllama.engine.neighbours import Neighbours
 from rustllama.engine.sampling import chain, penalized_tokens
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.tally import Source
 from rustllama.errors import InternalError
 
+_UNDISTURBED = 0.8  # of the CPU time that the threads could have had
 _log = logging.getLogger("rustllama.engine")
 Deltas = list[tuple[Sequence, Delta]]
 
@@ -32,10 +34,13 @@ class Runner:
         emit: Callable[[Deltas], None],
         go_on: Callable[[], bool],
         *,
+        neighbours: Neighbours,
+        n_threads: int,
         may_draft: bool,
     ) -> None:
         """`emit` gets each step's deltas; `go_on` tells, after a step, whether to run ahead.
 
+        `n_threads` is what a call has where the neighbours leave as many cores.
         `may_draft`: a state may be cut behind a draft that did not come true.
         """
         self.interrupted = False
@@ -43,6 +48,8 @@ class Runner:
         self._context = context
         self._emit = emit
         self._go_on = go_on
+        self._neighbours = neighbours
+        self._n_threads = n_threads
         self._may_draft = may_draft
         self._samplers: dict[Sequence, Sampler] = {}
         self._alone: Sequence | None = None  # whose prompt call runs now, and carries nobody else
@@ -60,16 +67,16 @@ class Runner:
                 break
         return Outcome(() if shifted else decode, self._prompt(batch.prompt) if batch.prompt else None, kept)
 
-    def measure(self, rows: int) -> float:
-        """Milliseconds of a decode call on empty slots: a row in each, or all in the first where there are more."""
+    def measure(self, rows: int) -> Timing:
+        """Of a decode call on empty slots: a row in each, or all in the first where there are more."""
         slots = range(rows) if rows <= self._context.n_slots else [0] * rows
         positions = [0] * rows if rows <= self._context.n_slots else range(rows)
-        started_ns = time.perf_counter_ns()
+        watch = self._watch(())
         self._context.decode([0] * rows, positions, slots, True)
-        took_ns = time.perf_counter_ns() - started_ns
+        timing = watch.stop(rows, 0.0)
         for slot in set(slots):
             self._context.clear(slot)
-        return took_ns / 1e6
+        return timing
 
     def abort(self, sequence: Sequence) -> None:
         """Ends the prompt call that carries this sequence alone, if it runs; called in the hub."""
@@ -133,8 +140,8 @@ class Runner:
 
     def _decode(self, call: Call) -> Timing:
         """A token for each sequence of the call, and more where drafts come true."""
-        started_ns = time.perf_counter_ns()
-        drafts = call.drafts()
+        watch = self._watch(call.sequences)
+        drafts = [[] for _ in call.sequences] if watch.crowded else call.drafts()
         scratch = [] if drafts[0] else [0] * call.scratch
         tokens, positions, slots = list[int](), list[int](), list[int]()
         for slot, (sequence, draft) in enumerate(zip(call.sequences, drafts, strict=True), call.slot):
@@ -144,13 +151,23 @@ class Runner:
         spare = range(call.slot + len(call.sequences), call.slot + len(call.sequences) + len(scratch))
         # scratch rows ask for logits too, or the last layer and the head run in the shape that was to be avoided
         self._context.decode(tokens + scratch, positions + scratch, [*slots, *spare], True)
+        timing = watch.stop(len(tokens) + len(scratch), sum(positions) / len(positions))
         now_ns = time.perf_counter_ns()
-        timing = Timing(len(tokens) + len(scratch), sum(positions) / len(positions), now_ns - started_ns)
         for slot in spare:
             self._context.clear(slot)
         call.sequences[0].tally.decode_ns += timing.ns
         self._emit([delta for place in range(len(drafts)) for delta in self._take(call, place, drafts[place], now_ns)])
         return timing
+
+    def _watch(self, sequences: Iterable[Sequence]) -> _Watch:
+        """Gives the call that follows its threads.
+
+        A reproducible answer has always as many: llama.cpp cuts attention over long contexts into a part for each.
+        """
+        exact = any(sequence.request.reproducible for sequence in sequences)
+        n_threads = self._n_threads if exact else self._neighbours.leave(self._n_threads)
+        self._context.use(n_threads)
+        return _Watch(n_threads, n_threads < self._n_threads, self._model.on_gpu)
 
     def _take(self, call: Call, place: int, draft: list[int], now_ns: int) -> Iterator[tuple[Sequence, Delta]]:
         """The token that follows, and one more for each drafted one that came true; what was computed beyond is cut."""
@@ -178,7 +195,7 @@ class Runner:
 
     def _prompt(self, chunks: tuple[Chunk, ...]) -> Timing | None:
         """Computes the chunks in one call; prompts that are complete with it give their first token."""
-        started_ns = time.perf_counter_ns()
+        watch = self._watch(chunk.sequence for chunk in chunks)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -194,7 +211,7 @@ class Runner:
         outputs[[row for _, row in finished]] = 1
         if not self._call(chunks, tokens, positions, slots, outputs):
             return None
-        timing = Timing(len(tokens), sum(positions) / len(tokens), time.perf_counter_ns() - started_ns)
+        timing = watch.stop(len(tokens), sum(positions) / len(tokens))
         chunks[0].sequence.tally.prompt_ns += timing.ns
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
@@ -241,6 +258,24 @@ class Runner:
         if self._may_draft and not sequence.request.reproducible:
             sequence.drafter = Drafter(sequence.tokens)
         return self._sample(sequence, row, time.perf_counter_ns())
+
+
+class _Watch:
+    """How long a call takes from here on, and whether it had the cores to itself."""
+
+    def __init__(self, n_threads: int, crowded: bool, on_gpu: bool) -> None:
+        self.crowded = crowded
+        self._on_gpu = on_gpu
+        self._n_threads = n_threads
+        self._cpu_ns = time.process_time_ns()
+        self._started_ns = time.perf_counter_ns()
+
+    def stop(self, rows: int, depth: float) -> Timing:
+        """Threads that wait for each other spin: all of them compute all the time, unless their cores are taken."""
+        took_ns = time.perf_counter_ns() - self._started_ns
+        cpu_ns = time.process_time_ns() - self._cpu_ns
+        disturbed = not self._on_gpu and cpu_ns < _UNDISTURBED * self._n_threads * took_ns
+        return Timing(rows, depth, took_ns, self.crowded or disturbed)
 
 
 def _kept(sequence: Sequence, tokens: list[int], held: int, state: memoryview) -> Kept:

@@ -129,7 +129,8 @@ class Scheduler:
         if outcome.decode:
             self.decode_ms = _learn(self.decode_ms, sum(call.ms for call in outcome.decode))
         for call in outcome.decode:
-            self.decode_cost.observe(call.rows, call.depth, call.ms)
+            if not call.crowded:
+                self.decode_cost.observe(call.rows, call.depth, call.ms)
         if outcome.prompt is not None:
             self.prompt_cost.observe(outcome.prompt.rows, outcome.prompt.depth, outcome.prompt.ms)
 

@@ -52,6 +52,13 @@ def _adjacent(model: Path, rounds: int) -> None:
     crowds.adjacent(model, rounds)
 
 
+@figures.command("neighbours", help=crowds.neighbours.__doc__)
+@_MODEL
+@_ROUNDS
+def _neighbours(model: Path, rounds: int) -> None:
+    crowds.neighbours(model, rounds)
+
+
 @figures.command("reproducible", help=crowds.reproducible.__doc__)
 @_MODEL
 @_ROUNDS

@@ -102,6 +102,23 @@ def _steps_ms(context: Context, count: int) -> float:
     return statistics.median(times)
 
 
+def neighbours(path: Path, rounds: int) -> None:
+    """Two servers on the same cores that answer a stream each, against one that answers alone."""
+    lengths = {"concurrency": 1, "requests": 1, "warmup": 0, "prompt_tokens": 32, "answer_tokens": 200}
+    with serving(path, NUM_CTX=str(_N_CTX)) as one, serving(path, NUM_CTX=str(_N_CTX)) as other:
+
+        def rate(server: Server) -> float:
+            return load(server, path, **lengths).together_tokens_per_s or 0.0
+
+        alone, both = list[float](), list[float]()
+        for _ in range(rounds):
+            with stopped(other):
+                alone.append(rate(one))
+            with ThreadPoolExecutor(2) as clients:
+                both += clients.map(rate, (one, other))
+    print(f"alone {median(alone)} tokens/s; two at once, each {median(both)}")
+
+
 def reproducible(path: Path, rounds: int, requests: int = 100) -> None:
     """Reproducible answers one at a time among others, against those given alone; and what it costs the others."""
     rng = random.Random(1)

@@ -3,6 +3,9 @@
 Not one of these functions may be called in the hub, and a Context only by one thread at a time.
 """
 
+from rustllama.engine.native import openmp  # noqa: F401 - before llama.cpp is loaded
+
+# isort: split
 from rustllama.engine.native.context import Aborted, Context
 from rustllama.engine.native.library import BUILD, gpu_layers, has_gpu, listen
 from rustllama.engine.native.model import Model

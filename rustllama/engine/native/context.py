@@ -49,7 +49,7 @@ class Context:
         params.n_seq_max = n_slots
         params.n_batch = params.n_ubatch = max(n_batch, n_slots, EXACT_CHUNK, DRAFT_ROWS)
         params.n_outputs_max = max(n_slots, DRAFT_ROWS)  # or llama.cpp reserves n_batch × n_vocab floats
-        params.n_threads = params.n_threads_batch = n_threads
+        params.n_threads = params.n_threads_batch = self._n_threads = n_threads
         params.flash_attn_type = FLASH_ATTENTION[flash_attention]
         params.type_k = params.type_v = KV_CACHE[kv_cache_type]
         params.kv_unified = False
@@ -66,6 +66,12 @@ class Context:
         self.n_slots = n_slots
         self.n_vocab = model.n_vocab
         self._rows = _Rows(int(params.n_batch))
+
+    def use(self, n_threads: int) -> None:
+        """Threads for the calls that follow."""
+        if n_threads != self._n_threads:
+            llama_cpp.llama_set_n_threads(self._context, n_threads, n_threads)
+            self._n_threads = n_threads
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Any) -> None:
         """Computes one row for each token; rows stand in the order of slots, and of positions within a slot.

@@ -32,6 +32,7 @@ class Model:
         if tell is not None:
             params.progress_callback = _progress_callback(tell)
         params.n_gpu_layers = num_gpu
+        self.on_gpu = num_gpu != 0  # some of its layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         forget_words()
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), params)
