@@ -214,7 +214,7 @@ def test_a_real_engine_tells_what_it_did(tmp_path: Path, toys: dict[str, Path]) 
 def test_a_real_engine_tells_what_its_calls_cost_once_it_has_rested(tmp_path: Path, toys: dict[str, Path]) -> None:
     registry = Registry(tmp_path / "rustllama.db", bundled=tmp_path / "none.gguf")
     registry.put(examine("toy", toys["llama"]))
-    app = create_app(Settings(home=tmp_path, num_ctx=512, slots=2), registry=registry)
+    app = create_app(Settings(home=tmp_path, num_ctx=512, slots=2, num_thread=1), registry=registry)
     ok(ended(app.test_client().post("/api/generate", json={"model": "toy"})))
     with gevent.Timeout(30):
         while 'rows="16"' not in (text := app.test_client().get("/metrics").text):

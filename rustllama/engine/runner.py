@@ -19,7 +19,8 @@ from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.tally import Source
 from rustllama.errors import InternalError
 
-_UNDISTURBED = 0.8  # of the CPU time that the threads could have had
+_DISTURBED = 0.2  # of the CPU time that the threads could have had
+_WAKING_NS = 1_000_000  # threads that slept are a bit late; one whose core is taken is away for longer
 _log = logging.getLogger("rustllama.engine")
 Deltas = list[tuple[Sequence, Delta]]
 
@@ -274,7 +275,8 @@ class _Watch:
         """Threads that wait for each other spin: all of them compute all the time, unless their cores are taken."""
         took_ns = time.perf_counter_ns() - self._started_ns
         cpu_ns = time.process_time_ns() - self._cpu_ns
-        disturbed = not self._on_gpu and cpu_ns < _UNDISTURBED * self._n_threads * took_ns
+        missing_ns = self._n_threads * took_ns - cpu_ns
+        disturbed = not self._on_gpu and missing_ns > max(_WAKING_NS, _DISTURBED * self._n_threads * took_ns)
         return Timing(rows, depth, took_ns, self.crowded or disturbed)
 
 
