@@ -19,8 +19,10 @@ PATIENCE_S = 60.0
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[=>]|\r")
 
 _TAKE_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+for number in (signal.SIGHUP, signal.SIGINT):  # as a shell does, whatever runs the tests in its background
+    signal.signal(number, signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, "-m", "rustllama", *sys.argv[1:]])
 """
 
