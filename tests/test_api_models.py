@@ -273,6 +273,16 @@ def test_deleting_an_idle_loaded_model_frees_it_at_once(house: House) -> None:
     assert house.engines.last.closed
 
 
+@pytest.mark.parametrize("deleted", ["used", "other"])
+def test_a_file_with_two_names_stays_loaded_for_the_one_in_use(house: House, gguf_file: Path, deleted: str) -> None:
+    for name in ("used", "other"):
+        ok(house.post("/api/create", name=name, modelpath=str(gguf_file)))
+    ok(house.post("/api/generate", model="used", prompt="Hi"))
+    ok(house.send("/api/delete", b'{"name":"%b"}' % deleted.encode(), "DELETE"))
+    assert house.engines.last.closed == (deleted == "used")
+    assert house.engines.forgotten == []
+
+
 def test_a_file_that_is_gone_is_named(house: House, tmp_path: Path) -> None:
     (tmp_path / "toy.gguf").unlink()
     assert str(tmp_path / "toy.gguf") in refused(house.chat("Hi"), 400)

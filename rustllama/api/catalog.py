@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -118,9 +118,16 @@ class Catalog:
 
     def _let_go(self, record: ModelRecord) -> None:
         """Its computed prompts leave too, unless the file has another name, and so does a file of the server's own."""
-        forget = all(other.digest != record.digest for other in offload(self._registry.list).models)
-        self._manager.unload(record, forget=forget)
+        names = offload(self._registry.list).models
+        if not self._serves_another(record, names):
+            self._manager.unload(record, forget=all(other.digest != record.digest for other in names))
         offload(self._own_files.remove_unused, record.info.parts, self._registry.paths)
+
+    def _serves_another(self, record: ModelRecord, names: Sequence[ModelRecord]) -> bool:
+        """Whether its file is in memory for another name, which goes on with it."""
+        loaded = {(model.record.path, model.record.identity): model.record.name for model in self._manager.loaded()}
+        user = loaded.get((record.path, record.identity), record.name)
+        return user != record.name and any(other.name == user for other in names)
 
     def _is_unchanged(self, record: ModelRecord) -> bool:
         path = Path(record.path)
