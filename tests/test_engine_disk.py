@@ -298,6 +298,16 @@ def test_a_disk_slower_than_what_leaves_memory_loses_some_and_bounds_what_waits(
     until_written(disk.store)
 
 
+def test_what_waits_for_the_disk_is_an_eighth_of_what_memory_keeps(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "prompts")
+    disk = Disk(folder, memory_bytes=8_000)
+    disk.store._see_off([saved(said(seed, 70), 400) for seed in range(5)])
+    assert len(disk.store._leaving) == 2
+    folder.go.set()
+    until_written(disk.store)
+    assert disk.held == [70, 70]
+
+
 @pytest.mark.parametrize(
     ("on_disk", "known", "worth"),
     [(70, 0, True), (63, 0, False), (200, 136, True), (200, 137, False), (2000, 1900, False)],

@@ -7,7 +7,6 @@ what a killed server loses are the last seconds, which are computed again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 from rustllama import bridge
@@ -21,6 +20,7 @@ _REST_S = 15.0  # a state is written once it has been in memory between one and 
 _PATIENCE_S = 2.0  # that a load waits for the index, which goes on without it
 _HEADS_AT_ONCE = 64  # that are read before they can be found
 _LEAVING_BYTES = 128 * 1024**2  # of states that left memory and wait for the disk; when there are more, they are lost
+_LEAVING_OF = 8  # and one of so many bytes of what memory may keep: nobody counts them there any more
 
 
 class DiskStore:
@@ -32,6 +32,7 @@ class DiskStore:
         self._rest_s = rest_s
         self._indexes: dict[Shape, PrefixIndex[Stored]] = {}
         self._leaving: dict[int, Saved] = {}  # by identity: they left memory and are not yet written
+        self._most_leaving_bytes = min(_LEAVING_BYTES, memory.limit_bytes // _LEAVING_OF)
         self._new: set[int] = set()  # identities: they came into memory since the timer rang
         self._resting: set[int] = set()  # likewise, before it rang; they are written when it rings again
         self._evicted = 0
@@ -161,15 +162,20 @@ class DiskStore:
 
     def _see_off(self, left: list[Saved]) -> None:
         """They have left memory: they are written at once, or lost where the disk is too slow for what comes."""
+        idle = not self._leaving
         for saved in left:
             waiting_bytes = sum(len(other.state) for other in self._leaving.values())
-            if self._lacks(saved) and (not waiting_bytes or waiting_bytes + len(saved.state) <= _LEAVING_BYTES):
+            fits = not waiting_bytes or waiting_bytes + len(saved.state) <= self._most_leaving_bytes
+            if fits and self._lacks(saved):
                 self._leaving[id(saved)] = saved
-                bridge.spawn(functools.partial(self._write_leaving, saved))
+        if idle and self._leaving:
+            bridge.spawn(self._write_leaving)
 
-    def _write_leaving(self, saved: Saved) -> None:
-        self._write(saved)
-        self._leaving.pop(id(saved), None)
+    def _write_leaving(self) -> None:
+        """In the order in which they left."""
+        while saved := next(iter(self._leaving.values()), None):
+            self._write(saved)
+            self._leaving.pop(id(saved), None)
 
     def _write(self, saved: Saved) -> bool:
         """False when the disk did not take it. What was dropped while it waited for its turn is not written."""
