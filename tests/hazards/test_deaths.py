@@ -112,7 +112,7 @@ def _four(server: Server, tokens: int, then: Callable[[], object] = lambda: None
 
 
 def test_native_work_longer_than_the_worker_timeout(row: Row, start: Start, tmp_path: Path) -> None:
-    toy = write_toy(tmp_path / "toy.gguf", LLAMA, width=512, layers=3, feed_forward=2048, context_length=8_000)
+    toy = write_toy(tmp_path / "toy.gguf", LLAMA, width=512, layers=6, feed_forward=2048, context_length=8_000)
     server = start("serve", program=("-c", IMPATIENT), NUM_BATCH=8192, NUM_CTX=8_000, NUM_THREAD=1)
     good(create(server, "toy", toy))
     worker, slowest_s = server.worker_pid, 0.0
