@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import ctypes
 import os
 import socket
 import subprocess
@@ -38,13 +39,21 @@ def test_an_error_of_a_thread_is_raised_at_the_caller_and_not_printed(capsys: py
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pthread_getattr_np is Linux's")
 def test_native_threads_have_room_for_a_deep_recursion() -> None:
-    def deep(levels: int) -> int:
-        return 0 if not levels else 1 + max([deep(levels - 1)])
+    def stack_bytes() -> int:
+        pthread = ctypes.CDLL(None)
+        pthread.pthread_self.restype = ctypes.c_ulong
+        attributes, size = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        assert pthread.pthread_getattr_np(ctypes.c_ulong(pthread.pthread_self()), attributes) == 0
+        assert pthread.pthread_attr_getstacksize(attributes, ctypes.byref(size)) == 0
+        return size.value
 
     before = _thread.stack_size()
-    assert bridge.offload(deep, 900) == 900
+    threads = bridge.NativeThreads(1)
+    assert threads.call(stack_bytes) >= 512 * 1024**2
     assert _thread.stack_size() == before
+    threads.close()
 
 
 def test_all_threads_of_a_pool_have_that_room_from_the_start() -> None:
