@@ -130,7 +130,7 @@ def test_a_prompt_that_ends_in_the_middle_of_a_call_keeps_the_calls_before(name:
     for engine in _checked(open_engine(wide, num_batch=128)):
         stream = engine.submit(asked)
         while not (engine._lanes[0]._runner._alone and stream._sequence.computed):
-            gevent.sleep(0)
+            gevent.sleep(0.001)
         stream._lane._expire(stream._sequence)
         assert [delta.text for delta in stream] == [""]
         until_idle(engine)

@@ -124,7 +124,7 @@ def test_a_prompt_is_aborted_in_the_middle_of_its_call(tmp_path: Path) -> None:
         answer(engine, ask(1, length=400, max_tokens=1))  # now the cost of a prompt is known: one call takes it all
         stream = engine.submit(ask(2, length=500))
         while engine._lanes[0]._runner._alone is None:
-            gevent.sleep(0)
+            gevent.sleep(0.001)
         stream.cancel()
         until_idle(engine)
         assert stream._sequence.computed == 0
