@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from tests.figures import crowds, pulls, shapes, turns
+from tests.figures import crowds, pulls, shapes, trees, turns
 
 _MODEL = click.argument("model", type=click.Path(exists=True, path_type=Path))
 _ROUNDS = click.option("--rounds", default=5, show_default=True)
@@ -85,6 +85,15 @@ def _arrivals(model: Path, rate: float, requests: int) -> None:
 @_ROUNDS
 def _drafting(model: Path, rounds: int) -> None:
     crowds.drafting(model, rounds)
+
+
+@figures.command("trees", help=trees.__doc__)
+@_MODEL
+@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_ROUNDS
+@click.option("--streams", default=4, show_default=True)
+def _trees(model: Path, other: Path, rounds: int, streams: int) -> None:
+    trees.measure(model, other, streams, rounds)
 
 
 @figures.command("pulls", help=pulls.__doc__)

@@ -29,9 +29,14 @@ _PATIENCE_S = 600
 
 
 @contextmanager
-def serving(*models: Path, home: Path | None = None, **settings: str) -> Iterator[Server]:
-    """A server that has these models, named as their files, and has measured their decode calls."""
+def serving(*models: Path, home: Path | None = None, tree: Path | None = None, **settings: str) -> Iterator[Server]:
+    """A server that has these models, named as their files, and has measured their decode calls.
+
+    `tree` is the folder whose `rustllama` it runs, when it is not this one.
+    """
     environ = {"RUSTLLAMA_KEEP_ALIVE": "-1", **{f"RUSTLLAMA_{name}": value for name, value in settings.items()}}
+    if tree is not None:
+        environ |= {"PYTHONPATH": str(tree.absolute()), "PYTHONSAFEPATH": "1"}  # not the one of the current folder
     with tempfile.TemporaryDirectory() as folder:
         server = start_server(home or Path(folder), environ=environ)
         try:

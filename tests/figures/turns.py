@@ -20,7 +20,6 @@ TURNS = 10
 N_CTX = 4096
 ANSWER = 60  # tokens; random words, so that they seldom tokenize back to themselves
 QUESTION = 160
-_SETTINGS = {"NUM_CTX": str(N_CTX), "PROMPT_CACHE_DISK": "4GiB"}
 _AWAY_S = 1.0  # an unload goes on after its answer
 
 
@@ -83,13 +82,13 @@ def measure(path: Path, rounds: int) -> None:
 
 def _round(chat: Chat) -> list[tuple[str, float]]:
     with tempfile.TemporaryDirectory() as home:
-        with serving(chat.path, home=Path(home), **_SETTINGS) as server:
+        with serving(chat.path, home=Path(home), NUM_CTX=str(N_CTX), PROMPT_CACHE_DISK="4GiB") as server:
             first, *_ = [chat.turn(server) for _ in range(TURNS - 1)]
             cases = [_case(f"turn {TURNS}", chat, server, first)]
             requests.post(f"{server.url}/api/chat", json={"model": chat.path.stem, "keep_alive": 0}, timeout=60)
             time.sleep(_AWAY_S)
             cases.append(_case("after an unload", chat, server, first))
-        with serving(chat.path, home=Path(home), **_SETTINGS) as server:
+        with serving(chat.path, home=Path(home), NUM_CTX=str(N_CTX), PROMPT_CACHE_DISK="4GiB") as server:
             cases.append(_case("after a restart", chat, server, first))
     return cases
 
