@@ -19,7 +19,9 @@ LAYERS = {
     **dict.fromkeys(("gguf", "templates", "template_helper", "database", "registry"), "leaves"),
     **dict.fromkeys(("probe", "rlimits", "addresses", "verdicts", "model_files", "pull"), "leaves"),
     "engine": "pure engine",
-    **dict.fromkeys(("bridge", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"),
+    **dict.fromkeys(
+        ("bridge", "engine.arranger", "engine.runner", "engine.lane", "engine.engine", "engine.manager"), "live engine"
+    ),
     **dict.fromkeys(("engine.lease", "engine.facts", "engine.disk_store"), "live engine"),
     "engine.native": "native",
     "api": "api",

@@ -27,6 +27,7 @@ from rustllama.engine.shelf import Shelf
 from rustllama.engine.state_folder import StateFolder
 from rustllama.engine.states import Cuts, Shape, Tokens, as_tokens
 from rustllama.engine.tally import Tally
+from rustllama.engine.threads import Threads
 from rustllama.engine.turns import Share, Turns
 from rustllama.errors import OutOfMemory, RustllamaError, Unsupported
 from rustllama.gguf.architectures import can_shift
@@ -192,8 +193,8 @@ class LlamaEngine:
         settings, sharing = self._settings, Sharing(self._shelf(shape))
         cost = self._decode_cost(shape)
         scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)
-        native, neighbours = self._shared.native, self._shared.neighbours
-        return Lane(self._model, context, shape, scheduler, native, self._share, self._witness, neighbours)
+        threads = Threads(self._n_threads, self._shared.neighbours, on_gpu=self._model.on_gpu)
+        return Lane(context, shape, scheduler, self._shared.native, self._share, self._witness, threads)
 
     def _decode_cost(self, lane: LaneShape) -> DecodeCost:
         """Begins with what was measured before, by the same build on the same machine."""

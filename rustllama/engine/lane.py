@@ -14,12 +14,12 @@ from rustllama.core import Delta, GenerateRequest, Progress, Queued
 from rustllama.engine.black_box import Witness
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.native import Context, Model
-from rustllama.engine.neighbours import Neighbours
 from rustllama.engine.runner import Deltas, Runner
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Sequence
 from rustllama.engine.sharing import Fetch
 from rustllama.engine.tally import ModelTally
+from rustllama.engine.threads import Threads
 from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
 from rustllama.settings import FOREVER, Settings
@@ -58,14 +58,13 @@ class Lane:
 
     def __init__(
         self,
-        model: Model,
         context: Context,
         shape: LaneShape,
         scheduler: Scheduler,
         native: bridge.NativeThreads,
         share: Share,
         witness: Witness,
-        neighbours: Neighbours,
+        threads: Threads,
     ):
         self.shape = shape
         self.idle_since_s = time.monotonic()
@@ -75,15 +74,7 @@ class Lane:
         self._claim = Claim(share, self._granted.set)
         self._context = context
         self._relay: bridge.Relay[Deltas] = bridge.Relay(self._deliver)
-        self._runner = Runner(
-            model,
-            context,
-            self._relay.post,
-            self._may_go_on,
-            neighbours=neighbours,
-            n_threads=shape.n_threads,
-            may_draft=shape.may_draft,
-        )
+        self._runner = Runner(context, self._relay.post, self._may_go_on, threads=threads, may_draft=shape.may_draft)
         self._scheduler = scheduler
         self.check_room = scheduler.check_room
         self._witness = witness

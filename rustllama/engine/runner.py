@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from rustllama.core import Delta
-from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Inherit, Kept, Move, Outcome, Restore, Swap, Timing
+from rustllama.engine.arranger import Arranger
+from rustllama.engine.batch import Arrangement, Batch, Call, Chunk, Clear, Inherit, Kept, Outcome, Timing
 from rustllama.engine.drafts import Drafter
-from rustllama.engine.native import Aborted, Context, Model, Sampler
-from rustllama.engine.neighbours import Neighbours
+from rustllama.engine.native import Aborted, Context, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.tally import Source
+from rustllama.engine.threads import Threads, Watch
 from rustllama.errors import InternalError
 
-_DISTURBED = 0.2  # of the CPU time that the threads could have had
-_WAKING_NS = 1_000_000  # threads that slept are a bit late; one whose core is taken is away for longer
-_log = logging.getLogger("rustllama.engine")
 Deltas = list[tuple[Sequence, Delta]]
 
 
@@ -30,27 +27,24 @@ class Runner:
 
     def __init__(
         self,
-        model: Model,
         context: Context,
         emit: Callable[[Deltas], None],
         go_on: Callable[[], bool],
         *,
-        neighbours: Neighbours,
-        n_threads: int,
+        threads: Threads,
         may_draft: bool,
     ) -> None:
         """`emit` gets each step's deltas; `go_on` tells, after a step, whether to run ahead.
 
-        `n_threads` is what a call has where the neighbours leave as many cores.
         `may_draft`: a state may be cut behind a draft that did not come true.
         """
         self.interrupted = False
-        self._model = model
+        self._model = context.model
         self._context = context
         self._emit = emit
         self._go_on = go_on
-        self._neighbours = neighbours
-        self._n_threads = n_threads
+        self._arranger = Arranger(context)
+        self._threads = threads
         self._may_draft = may_draft
         self._samplers: dict[Sequence, Sampler] = {}
         self._alone: Sequence | None = None  # whose prompt call runs now, and carries nobody else
@@ -58,7 +52,7 @@ class Runner:
 
     def run(self, batch: Batch) -> Outcome:
         """One step, and further decode steps while nothing else is to be done."""
-        kept = tuple(self._arrange(batch))
+        kept = tuple(self._arrange(batch.arrange))
         decode, shifted = tuple[Timing, ...](), False
         while batch.decode:
             shifted = self._make_room(batch.decode)
@@ -102,42 +96,12 @@ class Runner:
         while self._samplers:
             self._samplers.popitem()[1].close()
 
-    def _arrange(self, batch: Batch) -> Iterator[Kept]:
-        """Yields the states that are to be kept."""
-        copied: tuple[Sequence, memoryview] | None = None
-        for change in batch.arrange:
-            match change:
-                case Clear(slot, sequence, keep):
-                    if keep:
-                        yield _kept(sequence, sequence.tokens, sequence.computed, self._context.save(slot))
-                    self._context.clear(slot)
-                    self._drop_sampler(sequence)
-                case Inherit(_, sequence, _):
-                    self._drop_sampler(sequence)
-                case Move(source, target):
-                    self._context.move(source, target)
-                case Swap(one, other):
-                    self._context.swap(one, other)
-                case Copy(source, target, leader, sequence, count, keep):
-                    if copied is None or copied[0] is not leader:
-                        copied = leader, self._context.save(source)
-                        if keep:
-                            yield _kept(leader, leader.tokens[:count], count, copied[1])
-                    self._restore(target, sequence, copied[1], count)
-                case Restore(target, sequence, found):
-                    self._restore(target, sequence, found.saved.state, found.count)
-
-    def _drop_sampler(self, sequence: Sequence) -> None:
-        if sequence in self._samplers:
-            self._samplers.pop(sequence).close()
-
-    def _restore(self, slot: int, sequence: Sequence, state: memoryview, count: int) -> None:
-        """Where llama.cpp does not end up with exactly those tokens, they are computed after all."""
-        if not self._context.restore(slot, state, count):
-            _log.warning("a saved state of %d tokens could not be used", count)
-            self._context.clear(slot)
-            sequence.computed = sequence.cached = 0
-            sequence.order = 0  # others may wait for it, so it waits for nobody who has not begun
+    def _arrange(self, changes: tuple[Arrangement, ...]) -> Iterator[Kept]:
+        """Yields the states that are to be kept. The sampler of who has ended goes."""
+        yield from self._arranger.carry_out(changes)
+        for change in changes:
+            if isinstance(change, Clear | Inherit) and change.sequence in self._samplers:
+                self._samplers.pop(change.sequence).close()
 
     def _decode(self, call: Call) -> Timing:
         """A token for each sequence of the call, and more where drafts come true."""
@@ -160,15 +124,14 @@ class Runner:
         self._emit([delta for place in range(len(drafts)) for delta in self._take(call, place, drafts[place], now_ns)])
         return timing
 
-    def _watch(self, sequences: Iterable[Sequence]) -> _Watch:
+    def _watch(self, sequences: Iterable[Sequence]) -> Watch:
         """Gives the call that follows its threads.
 
         A reproducible answer has always as many: llama.cpp cuts attention over long contexts into a part for each.
         """
-        exact = any(sequence.request.reproducible for sequence in sequences)
-        n_threads = self._n_threads if exact else self._neighbours.leave(self._n_threads)
-        self._context.use(n_threads)
-        return _Watch(n_threads, n_threads < self._n_threads, self._model.on_gpu)
+        watch = self._threads.watch(all_of_them=any(sequence.request.reproducible for sequence in sequences))
+        self._context.use(watch.n_threads)
+        return watch
 
     def _take(self, call: Call, place: int, draft: list[int], now_ns: int) -> Iterator[tuple[Sequence, Delta]]:
         """The token that follows, and one more for each drafted one that came true; what was computed beyond is cut."""
@@ -259,26 +222,3 @@ class Runner:
         if self._may_draft and not sequence.request.reproducible:
             sequence.drafter = Drafter(sequence.tokens)
         return self._sample(sequence, row, time.perf_counter_ns())
-
-
-class _Watch:
-    """How long a call takes from here on, and whether it had the cores to itself."""
-
-    def __init__(self, n_threads: int, crowded: bool, on_gpu: bool) -> None:
-        self.crowded = crowded
-        self._on_gpu = on_gpu
-        self._n_threads = n_threads
-        self._cpu_ns = time.process_time_ns()
-        self._started_ns = time.perf_counter_ns()
-
-    def stop(self, rows: int, depth: float) -> Timing:
-        """Threads that wait for each other spin: all of them compute all the time, unless their cores are taken."""
-        took_ns = time.perf_counter_ns() - self._started_ns
-        cpu_ns = time.process_time_ns() - self._cpu_ns
-        missing_ns = self._n_threads * took_ns - cpu_ns
-        disturbed = not self._on_gpu and missing_ns > max(_WAKING_NS, _DISTURBED * self._n_threads * took_ns)
-        return Timing(rows, depth, took_ns, self.crowded or disturbed)
-
-
-def _kept(sequence: Sequence, tokens: list[int], held: int, state: memoryview) -> Kept:
-    return Kept(tuple(tokens), held, state, min(sequence.exact, held), sequence.request.owner)

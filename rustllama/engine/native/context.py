@@ -43,6 +43,7 @@ class Context:
         kv_cache_type: str = "f16",
     ) -> None:
         """Allocates and clears the KV cache. Raises OutOfMemory."""
+        self.model = model
         self._abort = ctypes.create_string_buffer(2)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx * n_slots
@@ -64,7 +65,6 @@ class Context:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self.can_shift = bool(llama_cpp.llama_memory_can_shift(self._memory))
         self.n_slots = n_slots
-        self.n_vocab = model.n_vocab
         self._rows = _Rows(int(params.n_batch))
 
     def use(self, n_threads: int) -> None:
@@ -91,7 +91,7 @@ class Context:
     def logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """A copy of the row's logits, (n_vocab,) float32."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
 
     def abort(self) -> None:
         """Ends the call that runs, from any thread; only for a prompt call that carries one sequence alone."""
