@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gevent
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from rustllama import gguf
 from rustllama.core import (
@@ -285,3 +287,20 @@ def test_a_model_that_computes_no_number_ends_its_answer_with_an_error(toys: dic
     with pytest.raises(InternalError, match="no finite numbers"):
         list(engine.submit(ask(1)))
     engine.close()
+
+
+def test_a_prompt_whose_numbers_are_none_fails_alone(tmp_path: Path) -> None:
+    """One token of the vocabulary stands for nothing that can be computed with."""
+    path, bad = write_toy(tmp_path / "hole.gguf"), 300
+    data = path.read_bytes()
+    table = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    row = table.data[bad].tobytes()
+    start = data.index(row)
+    path.write_bytes(data[:start] + np.full(LLAMA.width, np.nan, np.float32).tobytes() + data[start + len(row) :])
+    for engine in _checked(open_engine(path)):
+        alone = answer(engine, ask(1, max_tokens=100))
+        other = gevent.spawn(answer, engine, ask(1, max_tokens=100))
+        for _ in range(2):  # what it computed is nothing that another one may take over
+            with pytest.raises(InternalError, match="no finite numbers"):
+                list(engine.submit(replace(ask(2), prompt=(*prompt(2), bad))))
+        assert other.get() == alone

@@ -123,7 +123,7 @@ class Lane:
         if deltas:
             self._witness.unmark()
         for sequence, delta in deltas:
-            if delta.text or delta.finish is not None:
+            if isinstance(delta, InternalError) or delta.text or delta.finish is not None:
                 sequence.outlet.put(delta)
 
     def progress(self, sequence: Sequence) -> Progress | None:

@@ -19,7 +19,7 @@ from rustllama.engine.tally import Source
 from rustllama.engine.threads import Threads, Watch
 from rustllama.errors import InternalError
 
-Deltas = list[tuple[Sequence, Delta]]
+Deltas = list[tuple[Sequence, Delta | InternalError]]  # an error is the last one of its sequence
 
 
 class Runner:
@@ -163,14 +163,14 @@ class Runner:
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        finished: list[tuple[Sequence, int]] = []
+        finished: list[tuple[Chunk, int]] = []
         for chunk in chunks:
             start = chunk.sequence.computed
             tokens += chunk.sequence.tokens[start : start + chunk.count]
             positions += range(start, start + chunk.count)
             slots += [chunk.slot] * chunk.count
             if chunk.count == chunk.sequence.prompt_remaining:
-                finished.append((chunk.sequence, len(tokens) - 1))
+                finished.append((chunk, len(tokens) - 1))
         outputs = np.zeros(len(tokens), np.int8)
         outputs[[row for _, row in finished]] = 1
         if not self._call(chunks, tokens, positions, slots, outputs):
@@ -180,7 +180,7 @@ class Runner:
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
             chunk.sequence.tally.prompt_tokens[Source.COMPUTED] += chunk.count
-        self._emit([(sequence, self._first_token(sequence, row)) for sequence, row in finished])
+        self._emit([(chunk.sequence, self._first(chunk, row)) for chunk, row in finished])
         return timing
 
     def _call(
@@ -210,9 +210,16 @@ class Runner:
         if self._context.bounds(aborted.slot)[1] != aborted.sequence.computed - 1:
             aborted.sequence.computed = 0
 
+    def _first(self, chunk: Chunk, row: int) -> Delta | InternalError:
+        """The first token of the answer, or why there is none."""
+        if np.isfinite(self._context.logits(row).max()):
+            return self._first_token(chunk.sequence, row)
+        chunk.sequence.cancelled = True
+        chunk.sequence.computed = 0  # nobody may take that over
+        self._context.clear(chunk.slot)
+        return InternalError("the model computes no finite numbers; its file is damaged or its quantization unfit.")
+
     def _first_token(self, sequence: Sequence, row: int) -> Delta:
-        if not np.isfinite(self._context.logits(row).max()):
-            raise InternalError("the model computes no finite numbers; its file is damaged or its quantization unfit.")
         params = sequence.request.sampling
         stages = chain(params, vocabulary_size=self._model.n_vocab, context_length=sequence.request.num_ctx)
         self._samplers[sequence] = sampler = Sampler(stages)

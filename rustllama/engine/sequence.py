@@ -37,7 +37,7 @@ class Sequence:
     outlet: Outlet
     arrived_ns: int
     phase: Phase = Phase.QUEUED
-    cancelled: bool = False  # set by the hub at any time; the native thread never resets it
+    cancelled: bool = False  # set at any time, and never reset
     expired: bool = False  # likewise: its time is up, and the next token is the last one
     tokens: list[int] = field(default_factory=list)  # prompt and answer, less what was dropped
     computed: int = 0  # how many of the tokens llama.cpp's memory holds
