@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 
+from rustllama.bridge import FILE_THREADS
 from tests.conftest import Server
 from tests.hazards import times
 from tests.hazards.conftest import Start, integrity
@@ -27,7 +30,8 @@ class Usage:
     """Of the worker, with both models loaded and nothing to do."""
 
     rss_bytes: int
-    files: int
+    files: int  # open, but for those of the database
+    connections: int  # to the database: each thread makes one at its first need
     threads: int
 
 
@@ -40,6 +44,7 @@ def test_20000_mixed_requests(row: Row, start: Start, toys: dict[str, Path]) -> 
     after = _visited(server, toys["llama"], WARM_UP, REQUESTS)
     row.is_within("RSS after warm-up", 100 * (after.rss_bytes / before.rss_bytes - 1), 5, " %")
     row.is_within("files, more or fewer", abs(after.files - before.files), 2, "")
+    row.is_at_most("connections to the database", after.connections, FILE_THREADS)
     row.is_within("threads, more or fewer", abs(after.threads - before.threads), 2, "")
     row.is_at_most("deaths", server.log.read_text().count(" died of ") + (server.worker_pid != worker), 0)
     assert integrity(server) == "ok"
@@ -63,8 +68,16 @@ def _visited(server: Server, file: Path, first: int, end: int) -> Usage:
 
 
 def _usage(server: Server) -> Usage:
-    process = Path(f"/proc/{server.worker_pid}")
+    process, database = Path(f"/proc/{server.worker_pid}"), str(server.home / "rustllama.db")
     lines = (process / "status").read_text().splitlines()
     numbers = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "Threads"))}
-    files = len(list((process / "fd").iterdir()))
-    return Usage(int(numbers["VmRSS"]) * 1024, files, int(numbers["Threads"]))
+    files = [name for fd in (process / "fd").iterdir() if (name := _target(fd))]
+    connections, others = files.count(database), sum(not name.startswith(database) for name in files)
+    return Usage(int(numbers["VmRSS"]) * 1024, others, connections, int(numbers["Threads"]))
+
+
+def _target(fd: Path) -> str:
+    """What a descriptor stands for; empty when it is closed meanwhile."""
+    with suppress(FileNotFoundError):
+        return os.readlink(fd)
+    return ""
