@@ -24,7 +24,7 @@ from rustllama.replies import Message
 
 MODEL_NAME = "bench"
 _MEASURED = "rustllama_decode_call_seconds{"
-_REST_S = 4.0  # and then the next request: a server measures for a while in each rest
+_REST_S = 4.0  # after a request: a server measures for a while in each rest
 _TEMPLATE_TOKENS = 64  # room for what a chat template adds
 
 
@@ -90,9 +90,9 @@ def let_measure(client: Client, model: str) -> None:
     known, measured = -1, f'{_MEASURED}model="{model}"'
     url, headers = f"{client.url}/metrics", {"Authorization": f"Bearer {client.api_key}"}
     while known < (known := requests.get(url, headers=headers, timeout=_REST_S).text.count(measured)):
-        time.sleep(_REST_S)
         hello = Message(role="user", content="Hello")
         deque(client.chat(model, [hello], {"num_predict": 1}), maxlen=0)
+        time.sleep(_REST_S)
 
 
 def run_bare(path: Path, plan: Plan) -> Figures:

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from rustllama.engine.native import Context, Model
-from tests.figures.serving import load, median, scrape, serving
+from tests.figures.serving import load, median, scrape, serving, stopped
 
 SLOTS = 16
 PROMPT, ANSWER = 40, 48  # tokens
@@ -35,7 +35,9 @@ def measure(path: Path, streams: list[int], rounds: int) -> None:
     with serving(path, NUM_CTX="512", SLOTS=str(SLOTS)) as server:
         for _ in range(rounds):
             for turn, count in enumerate(random.sample(streams, len(streams))):
-                curve = bare_curve(path) if turn % _PER_CURVE == 0 else curve
+                if turn % _PER_CURVE == 0:
+                    with stopped(server):
+                        curve = bare_curve(path)
                 lengths = {"prompt_tokens": PROMPT, "shared_prefix": _SHARED, "answer_tokens": ANSWER}
                 found = load(server, path, concurrency=count, requests=count, warmup=0, **lengths)
                 assert found.together_tokens_per_s is not None
