@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,10 @@ from rustllama.core import (
     SamplingParams,
     Span,
 )
+from rustllama.engine.batch import Timing
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
+from rustllama.engine.runner import Runner
 from rustllama.errors import Busy, Cancelled, Draining, InternalError, OutOfMemory
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
@@ -257,6 +260,24 @@ def test_an_idle_engine_learns_what_its_calls_cost(engine: LlamaEngine) -> None:
             gevent.sleep(0.01)
     assert all(cost.ms[1 : SLOTS + 1])
     assert answer(engine, ask(1)), "what was measured is cleared"
+
+
+def test_an_idle_engine_that_is_disturbed_measures_ever_more_seldom(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+
+    def disturbed(_: Runner, rows: int) -> Timing:
+        calls.append(time.monotonic())
+        return Timing(rows, 0.0, 1, crowded=True)
+
+    monkeypatch.setattr(Runner, "measure", disturbed)
+    with gevent.Timeout(30):
+        while len(calls) < 3:
+            gevent.sleep(0.01)
+    assert calls[1] - calls[0] > 0.9
+    assert calls[2] - calls[1] > 1.8
+    assert not any(engine._lanes[0]._scheduler.decode_cost.ms)
 
 
 def test_drafts_change_no_answer_whether_they_come_true_or_not(tmp_path: Path) -> None:

@@ -234,13 +234,17 @@ class Lane:
         while rows := cost.wanted:
             if spent_ms > _MEASURING_MS or self._work.wait(patience_s):
                 break
-            patience_s = 0.0 if self._turns.holder is None else _PATIENCE_S
-            if self._turns.holder is None:
-                with self._turn():
-                    timing = self._native.call(self._runner.measure, rows)
-                spent_ms += timing.ms
-                if not timing.crowded:
-                    cost.measured(rows, timing.ms)
+            if self._turns.holder is not None:
+                patience_s = _PATIENCE_S
+                continue
+            with self._turn():
+                timing = self._native.call(self._runner.measure, rows)
+            spent_ms += timing.ms
+            if timing.crowded:
+                patience_s = max(_PATIENCE_S, 2 * patience_s)  # others compute, and may do so for long
+            else:
+                patience_s = 0.0
+                cost.measured(rows, timing.ms)
         self._work.wait()
 
     def _fetch(self, fetch: Fetch) -> None:
