@@ -22,7 +22,7 @@ SLOTS = 16
 PROMPT, ANSWER = 40, 48  # tokens
 _SHARED = 16  # of a prompt's; they are read once for all, or the first would end before the last begins
 _TRIES = 5
-_PER_CURVE = 4  # runs: the machine's own speed drifts
+_PER_CURVE = 2  # runs: the machine's own speed drifts
 
 Curve = Mapping[int, float]
 """Milliseconds of a decode call, by its rows."""
