@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,18 @@ class Server:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return status
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Self-signed, for 127.0.0.1."""
+
+    cert: Path
+    key: Path
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {"RUSTLLAMA_TLS_CERT": str(self.cert), "RUSTLLAMA_TLS_KEY": str(self.key)}
 
 
 def start_server(
@@ -97,6 +110,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def disk(tmp_path: Path) -> Iterator[Disk]:
     with small_disk(tmp_path / "disk") as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificate")
+    made = Certificate(folder / "cert.pem", folder / "key.pem")
+    what = ["-x509", "-nodes", "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-keyout",
+        str(made.key),
+        "-out",
+        str(made.cert),
+    ]
+    subprocess.run([openssl, "req", *what, *kind], check=True, capture_output=True)
+    return made
 
 
 @pytest.fixture(scope="session")

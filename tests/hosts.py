@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -139,11 +140,13 @@ def listens(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def hosting(address: str = "127.0.0.1") -> Iterator[Host]:
+def hosting(address: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Iterator[Host]:
     server = ThreadingHTTPServer((address, 0), Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    host = Host(f"http://{address}:{server.server_port}")
+    host = Host(f"{'http' if tls is None else 'https'}://{address}:{server.server_port}")
     server.host = host  # type: ignore[attr-defined]
     thread.start()
     try:

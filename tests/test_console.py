@@ -190,6 +190,12 @@ def test_a_parameter_that_the_server_refuses_is_not_kept(fake: StandIn, chat: Te
     assert "defaults" in ask(chat, "/show parameters")
 
 
+@pytest.mark.parametrize(("name", "hint"), [("temprature", "did you mean temperature?"), ("colour", "there are")])
+def test_a_parameter_that_nobody_knows_is_not_kept(fake: StandIn, chat: Terminal, name: str, hint: str) -> None:
+    assert hint in ask(chat, f"/set parameter {name} 1")
+    assert "defaults" in ask(chat, "/show parameters")
+
+
 def test_clear_forgets_the_conversation(fake: StandIn, chat: Terminal) -> None:
     ask(chat, "first")
     ask(chat, "/clear")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from rustllama.errors import BadRequest, DiskFull, InternalError, NotFound, RustllamaError, SourceRefused, Unreachable
 from rustllama.pull.progress import Fetched, Progress
+from tests.conftest import Certificate
 from tests.disks import Disk
 from tests.hosts import Handler, Host, cut, hang, hosting, refuse
 from tests.puller import BLOCK, Puller
@@ -179,6 +181,19 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_what_came_stays(
 def test_no_host_is_one_sentence(puller: Puller) -> None:
     with pytest.raises(Unreachable, match="cannot be reached: see whether this machine is on the network"):
         puller.pull("http://127.0.0.1:1/model.gguf")
+
+
+def test_a_host_that_does_not_prove_who_it_is_gives_nothing(
+    certificate: Certificate, puller: Puller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate.cert, certificate.key)
+    with hosting(tls=tls) as host:
+        host.files["/model.gguf"] = BODY
+        with pytest.raises(BadRequest, match=r"does not prove who it is \(self-signed certificate\): take another"):
+            puller.pull(f"{host.url}/model.gguf")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.cert))
+        assert is_whole(puller.pull(f"{host.url}/model.gguf"))
 
 
 def test_a_redirect_is_followed(host: Host, puller: Puller) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -27,7 +26,7 @@ from rustllama.client import Client
 from rustllama.errors import Forbidden, RustllamaError, Unauthorized
 from rustllama.replies import Message
 from rustllama.tls import shake_hands
-from tests.conftest import Server, start_server
+from tests.conftest import Certificate, Server, start_server
 from tests.test_serve import serve_fails, until
 
 WAIT_S = 30
@@ -161,40 +160,6 @@ def test_the_private_server_is_the_consoles_alone_whatever_the_settings_are(tmp_
     done = rustllama(tmp_path, "run", "demo", "hello", **environ)
     assert (done.returncode, done.stdout.strip() != "") == (0, True)
     assert "key=console" in (tmp_path / "private-server.log").read_text()
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """Self-signed, for 127.0.0.1."""
-
-    cert: Path
-    key: Path
-
-    @property
-    def environ(self) -> dict[str, str]:
-        return {"RUSTLLAMA_TLS_CERT": str(self.cert), "RUSTLLAMA_TLS_KEY": str(self.key)}
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("certificate")
-    made = Certificate(folder / "cert.pem", folder / "key.pem")
-    what = ["-x509", "-nodes", "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
-    kind = [
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-keyout",
-        str(made.key),
-        "-out",
-        str(made.cert),
-    ]
-    subprocess.run([openssl, "req", *what, *kind], check=True, capture_output=True)
-    return made
 
 
 @pytest.fixture(scope="module")

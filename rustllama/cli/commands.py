@@ -20,7 +20,7 @@ from rustllama.errors import BadRequest
 PARAMETERS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "num_ctx", "num_predict", "stop"),
     *("repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty"),
-    *("num_keep", "num_batch", "num_gpu", "num_thread", "use_mmap"),
+    *("num_keep", "num_batch", "num_gpu", "num_thread", "use_mmap", "reproducible"),
 )
 
 
@@ -96,6 +96,10 @@ def _set_parameter(chat: Chat, text: str) -> None:
     name, _, value = text.partition(" ")
     if not name:
         raise BadRequest(f"/set parameter needs a NAME and a VALUE; the names: {', '.join(PARAMETERS)}.")
+    if name not in PARAMETERS:
+        near = get_close_matches(name, PARAMETERS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(PARAMETERS)}."
+        raise BadRequest(f"There is no parameter {name[:80]}: {meant}")
     chat.set_option(name, _parameter(name, value.strip()))
 
 

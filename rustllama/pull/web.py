@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, TypeVar
@@ -146,7 +147,11 @@ def unreachable(url: str, error: Exception) -> RustllamaError:
     """A connection that could not be made, or broke, as one sentence."""
     host = _host(url)
     if isinstance(error, requests.exceptions.SSLError):
-        return BadRequest(f"{host} does not prove who it is ({_reason(error)}): nothing was taken from it.", "model")
+        return BadRequest(
+            f"{host} does not prove who it is ({_reason(error)}): take another source, or let "
+            "REQUESTS_CA_BUNDLE at the server name a file with the authority to trust.",
+            "model",
+        )
     inner: Any = error.args[0] if error.args else error
     cause = getattr(inner, "reason", None) or inner
     if isinstance(cause, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)):
@@ -194,5 +199,12 @@ def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2][:200]
 
 
-def _reason(error: requests.RequestException) -> str:
-    return str(error.args[0] if error.args else error).splitlines()[0][-120:]
+def _reason(error: BaseException) -> str:
+    """What TLS says, out of what requests and urllib3 have wrapped it in."""
+    while not isinstance(error, ssl.SSLError):
+        inner = getattr(error, "reason", None) or next(iter(error.args), None)
+        if not isinstance(inner, BaseException):
+            return "TLS fails"
+        error = inner
+    words = getattr(error, "verify_message", "") or (error.reason or "TLS fails").replace("_", " ").lower()
+    return str(words).rstrip(".")
