@@ -69,7 +69,7 @@ def describe(card: ModelCard) -> Iterator[tuple[str, str]]:
     yield "template", "yes" if card.template else "none in the file: ChatML is used"
     yield "license", (card.license or "none in the file").strip().partition("\n")[0]
     yield "path", card.path
-    yield "origin", card.origin or "a file of yours"
+    yield "origin", card.origin or "a local file"
     if card.sha256:
         yield "sha256", card.sha256
 
