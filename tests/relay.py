@@ -22,6 +22,7 @@ class Relay:
         self._piece_s = _PIECE_BYTES / bytes_per_s
         self._free_s = 0.0
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self.passed_bytes = 0
 
     def serve(self) -> None:
@@ -50,9 +51,23 @@ class Relay:
             self._free_s = max(now_s, self._free_s) + self._piece_s
             due_s = self._free_s - now_s
         time.sleep(due_s)
-        client.sendall(data)
-        with self._lock:
+        with self._sending:
+            _check_there(client)  # what is sent to a client that is gone reaches nobody, and no error tells so
+            client.sendall(data)
             self.passed_bytes += len(data)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Inside, nothing passes: a process takes a while to die, and what it gets meanwhile it cannot keep."""
+        with self._sending:
+            yield
+
+
+def _check_there(client: socket.socket) -> None:
+    """Raises OSError where it has hung up."""
+    with contextlib.suppress(BlockingIOError):
+        if not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            raise ConnectionResetError
 
 
 @contextlib.contextmanager

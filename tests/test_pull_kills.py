@@ -15,7 +15,7 @@ from rustllama.pull.messages import Message, Order
 from tests.hazards import WHOLE, times
 from tests.nginx import needs_nginx
 from tests.nginx_files import nginx
-from tests.relay import relaying
+from tests.relay import Relay, relaying
 
 SIZE = times(300_000_000, 12_000_000)
 KILLS = times(200, 6)
@@ -24,7 +24,7 @@ BYTES_PER_S = 20_000_000  # the faster, the more is between nginx and the proces
 LONGEST_S = 2 * 0.9 * SIZE / KILLS / BYTES_PER_S  # of a pull's life once bytes come
 
 
-def pulled_until(url: str, folder: Path, life_s: float | None) -> Message | None:
+def pulled_until(url: str, relay: Relay, folder: Path, life_s: float | None) -> Message | None:
     """The last word of a pull's process, which is killed after so long; None where it was killed before that."""
     order = msgspec.json.encode(Order(url, str(folder))) + b"\n"
     command = [sys.executable, "-m", "rustllama.pull_child"]
@@ -40,7 +40,9 @@ def pulled_until(url: str, folder: Path, life_s: float | None) -> Message | None
             if message.progress.total and life_s is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(life_s)
-                process.kill()
+                with relay.still():
+                    process.kill()
+                    process.wait()
                 return None
     return None
 
@@ -56,8 +58,8 @@ def test_a_pull_that_is_killed_at_random_ends_with_the_right_file_and_fetches_ne
     kills = 0
     with nginx(tmp_path) as port, relaying(port, BYTES_PER_S) as (url, relay):
         for _ in range(KILLS):
-            kills += pulled_until(f"{url}/model.gguf", tmp_path / "models", chance.uniform(0, LONGEST_S)) is None
-        last = pulled_until(f"{url}/model.gguf", tmp_path / "models", None)
+            kills += pulled_until(f"{url}/model.gguf", relay, tmp_path / "models", chance.uniform(0, LONGEST_S)) is None
+        last = pulled_until(f"{url}/model.gguf", relay, tmp_path / "models", None)
     assert last is not None
     assert last.fetched is not None, last.failure
     (path,) = map(Path, last.fetched.paths)
