@@ -21,7 +21,7 @@ from tests.nginx_files import nginx
 
 _PIECE_BYTES = 1 << 20
 _LINE_BYTES, _LINE_RATE = 1_200_000_000, "30m"  # of a file, and of each of its four connections
-_ANSWER = 400  # tokens
+_ANSWER = 200  # tokens, which a slow machine generates before the pull ends
 
 
 def measure(size_bytes: int, rounds: int) -> None:
