@@ -19,18 +19,19 @@ from rustllama import gguf
 from rustllama.core import ModelInfo
 from rustllama.errors import BadModelFile, InternalError, OutOfMemory, TemplateRefused
 from rustllama.probe import Verdict
-from rustllama.rlimits import leave_first, lower
+from rustllama.rlimits import give_way, leave_first, lower
 from rustllama.templates import ChatTemplate
 
 _N_CTX, _N_BATCH = 256, 64
 _THREADS = 2
+_NICE = 10
 _SLOWEST_DISK = 100_000_000  # bytes a second
 _SPARE_MEMORY = 8 << 30  # bytes of addresses beside twice the file: it is mapped, and its weights may be repacked
 
 
 def main(path: str, timeout_s: str) -> None:
     """Prints a Verdict; a death by signal is one too."""
-    os.nice(10)
+    give_way(_NICE)
     limit(float(timeout_s))
     try:
         info = gguf.read(Path(path))

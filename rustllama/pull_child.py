@@ -19,13 +19,14 @@ from rustllama.pull.pulling import Pulling
 from rustllama.pull.source import parse
 from rustllama.pull.store import Store
 from rustllama.pull.web import Web
+from rustllama.rlimits import give_way
 
-_NICE = 15
+_NICE = 19
 
 
 def main() -> None:
     """Ends without Python's destructors: a thread may wait for a server that says nothing."""
-    os.nice(_NICE)
+    give_way(_NICE)
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _say(_pulled(order))

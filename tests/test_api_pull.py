@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -132,6 +133,28 @@ def test_the_last_client_that_leaves_ends_the_pull_and_the_next_goes_on(puller: 
     assert gone.wait(PATIENCE_S)
     assert models(puller) == []
     assert pull(puller, model=f"{hub.url}/toy.gguf")[-1]["status"] == "success"
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="the kernel does not group by sessions")
+def test_the_process_of_a_pull_and_its_session_give_way_to_the_answers(puller: Server, hub: Host) -> None:
+    nice = list[list[str]]()
+
+    def look(handler: Handler, _: bytes) -> None:
+        (pid,) = (pid for pid in children(puller.worker_pid) if b"rustllama.pull_child" in of(pid, "cmdline"))
+        nice.append([str(os.getpriority(os.PRIO_PROCESS, int(pid))), of(pid, "autogroup").decode().split()[-1]])
+        handler.do_GET()
+
+    hub.faults.append(look)
+    assert pull(puller, model=f"{hub.url}/toy.gguf")[-1]["status"] == "success"
+    assert nice == [["19", "19"]]
+
+
+def children(pid: int) -> list[str]:
+    return [pid for task in Path(f"/proc/{pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+def of(pid: str, what: str) -> bytes:
+    return Path(f"/proc/{pid}/{what}").read_bytes()
 
 
 def test_what_is_no_model_is_told_and_leaves_nothing(puller: Server, hub: Host) -> None:

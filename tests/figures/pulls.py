@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import msgspec
 
-from rustllama.pull.messages import Message, Order
+from rustllama.pull.messages import Order, PullProcess
+from rustllama.pull.progress import Progress
 from tests.figures.serving import ask, median, serving
 from tests.nginx_files import nginx
 
@@ -38,11 +39,11 @@ def beside(path: Path, rounds: int) -> None:
     with serving(path, NUM_CTX="1024") as server, _file(_LINE_BYTES, f"limit_rate {_LINE_RATE};") as (folder, url):
         for number in range(rounds):
             alone = ask(server, path, "hello", num_predict=_ANSWER).tokens_per_s
-            with _order(url, folder / f"beside-{number}") as process:
+            with _pulling(url, folder / f"beside-{number}") as fetched_bytes:
+                before_bytes, started_s = fetched_bytes(), time.monotonic()
                 beside = ask(server, path, "hello", num_predict=_ANSWER).tokens_per_s
-                assert process.poll() is None, "the pull ended first"
-                process.kill()
-            print(f"beside a pull {beside:.1f} tokens/s, alone {alone:.1f}", flush=True)
+                rate = (fetched_bytes() - before_bytes) / 1e6 / (time.monotonic() - started_s)
+            print(f"beside a pull {beside:.1f} tokens/s, alone {alone:.1f}; it got {rate:.0f} MB/s", flush=True)
             ratios.append(beside / alone)
     print(f"a chat beside a pull: {median(ratios)} of its rate alone")
 
@@ -70,26 +71,35 @@ def _curl(url: str, folder: Path) -> float:
 
 def _pull(url: str, folder: Path) -> float:
     """Seconds from the first byte on: Python's start is left out."""
-    with _order(url, folder) as process:
-        assert process.stdout is not None
-        started_s = 0.0
-        for line in process.stdout:
-            message = msgspec.json.decode(line, type=Message)
-            if message.progress is not None and message.progress.total and not started_s:
-                started_s = time.monotonic()
-            assert message.failure is None, message.failure
-            if message.fetched is not None:
-                ended_s = time.monotonic()
-                Path(message.fetched.paths[0]).unlink()
-                return ended_s - started_s
-    raise AssertionError("the pull's process ended")
+    started_s = list[float]()
+
+    def tell(progress: Progress) -> None:
+        if progress.total and not started_s:
+            started_s.append(time.monotonic())
+
+    (path,) = PullProcess(Order(url, str(folder))).run(tell).paths
+    took_s = time.monotonic() - started_s[0]
+    Path(path).unlink()
+    return took_s
 
 
-def _order(url: str, folder: Path) -> subprocess.Popen[bytes]:
-    """The process of a pull, as a server starts it."""
-    command = [sys.executable, "-m", "rustllama.pull_child"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(Order(url, str(folder))) + b"\n")
-    process.stdin.flush()
-    return process
+@contextmanager
+def _pulling(url: str, folder: Path) -> Iterator[Callable[[], int]]:
+    """What a pull has fetched at any moment, in bytes; it runs until the `with` ends, or the `with` fails."""
+    completed, begun = [0], threading.Event()
+
+    def tell(progress: Progress) -> None:
+        completed[0] = progress.completed
+        if progress.total:
+            begun.set()
+
+    process = PullProcess(Order(url, str(folder)))
+    with ThreadPoolExecutor(1) as pool:
+        pull = pool.submit(process.run, tell)
+        pull.add_done_callback(lambda _: begun.set())
+        begun.wait()
+        try:
+            yield lambda: completed[0]
+            assert not pull.done(), "the pull ended first"
+        finally:
+            process.end()
