@@ -12,8 +12,10 @@ from pathlib import Path
 
 import msgspec
 
+from rustllama.engine.neighbours import Neighbours
 from rustllama.errors import BadRequest, RustllamaError
 from rustllama.pull.messages import Failure, Message, Order
+from rustllama.pull.pace import Pace
 from rustllama.pull.progress import Progress
 from rustllama.pull.pulling import Pulling
 from rustllama.pull.source import parse
@@ -22,6 +24,7 @@ from rustllama.pull.web import Web
 from rustllama.rlimits import give_way
 
 _NICE = 19
+_LOOK_EVERY_S = 0.2  # whether others compute
 
 
 def main() -> None:
@@ -34,10 +37,10 @@ def main() -> None:
 
 
 def _pulled(order: Order) -> Message:
-    web = Web(public_only=order.public_only)
+    web, pace = Web(public_only=order.public_only), Pace(Neighbours(period_s=_LOOK_EVERY_S).free)
     try:
         source = parse(order.source, registry=order.registry)
-        return Message(fetched=Pulling(Store(Path(order.folder)), web, _tell).run(source))
+        return Message(fetched=Pulling(Store(Path(order.folder)), web, _tell, rest_s=pace.rest_s).run(source))
     except RustllamaError as error:
         field = error.field if isinstance(error, BadRequest) else None
         return Message(failure=Failure(type(error).__name__, str(error), field, error.retry_after_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -29,16 +30,20 @@ class Machine:
     count: int = 4
     busy_s: float = 1000.0
     own_s: float = 10.0
+    yielding_s: float = 5.0
     now_s: float = 50.0
 
     def neighbours(self) -> Neighbours:
-        return Neighbours(lambda: Cores(self.count, self.busy_s), lambda: self.own_s, lambda: self.now_s)
+        return Neighbours(
+            lambda: Cores(self.count, self.busy_s), lambda: self.own_s, lambda: self.yielding_s, lambda: self.now_s
+        )
 
-    def pass_by(self, seconds: float, *, own: float, others: float) -> None:
+    def pass_by(self, seconds: float, *, own: float, others: float, yielding: float = 0) -> None:
         """So long, with so many cores busy."""
         self.now_s += seconds
         self.own_s += own * seconds
-        self.busy_s += (own + others) * seconds
+        self.yielding_s += yielding * seconds
+        self.busy_s += (own + others + yielding) * seconds
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,17 @@ def test_two_servers_on_two_cores_come_to_one_thread_each_and_back_to_two() -> N
     assert neighbours.leave(2) == 2
 
 
+def test_children_that_give_way_leave_a_call_its_threads() -> None:
+    machine = Machine(count=2)
+    neighbours = machine.neighbours()
+    machine.pass_by(1, own=1, others=0.25, yielding=0.75)
+    assert neighbours.leave(2) == 2
+    assert neighbours.free() == pytest.approx(1.75)
+    machine.yielding_s = 0  # it has ended
+    machine.pass_by(1, own=1, others=0.25)
+    assert neighbours.leave(2) == 2
+
+
 def test_nothing_is_judged_by_a_moment() -> None:
     machine = Machine()
     neighbours = machine.neighbours()
@@ -74,6 +90,7 @@ def test_nothing_is_judged_by_a_moment() -> None:
 def test_where_the_system_tells_nothing_all_threads_compute() -> None:
     neighbours = Neighbours(lambda: None, now_s=iter(range(100)).__next__)
     assert [neighbours.leave(8) for _ in range(3)] == [8, 8, 8]
+    assert neighbours.free() == math.inf
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/stat")
@@ -90,6 +107,21 @@ def test_other_programs_are_seen() -> None:
         for process in busy:
             process.kill()
             process.wait()
+
+
+@pytest.mark.skipif(not list(Path("/proc/self/task").glob("*/children")), reason="the kernel does not tell children")
+@pytest.mark.parametrize(("nice", "counts"), [(0, False), (5, True)])
+def test_what_the_kernel_does_for_children_is_told_of_those_that_give_way(nice: int, counts: bool) -> None:
+    program = f"import os; os.nice({nice}); print(flush=True)\nwhile True: os.urandom(1 << 20)"
+    before_s = machine.yielding_children_s()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        fields = Path(f"/proc/{child.pid}/stat")
+        while int(fields.read_text().rpartition(")")[2].split()[12]) < 5:
+            time.sleep(0.01)
+        assert (machine.yielding_children_s() > before_s) is counts
+        child.kill()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/stat")

@@ -12,6 +12,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 _CPU = Path("/sys/devices/system/cpu")
 _STATM = Path("/proc/self/statm")
 _STAT = Path("/proc/stat")
+_TASKS = Path("/proc/self/task")
+_SYSTEM, _NICE = 12, 16  # of the fields of /proc/PID/stat behind the name (proc_pid_stat(5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ def physical_cores() -> int:
 
 
 def cores() -> Cores | None:
-    """None where the system does not tell. Work that gives way (nice) does not count, unless ours gives way as well."""
+    """None where the system does not tell. Work that gives way (nice) does not count, unless ours gives way as well;
+    but what the kernel does for it counts: see `yielding_children_s`.
+    """
     if sys.platform == "darwin":
         return None
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -68,6 +72,14 @@ def cores() -> Cores | None:
     polite = os.nice(0) > 0
     busy = sum(user + nice * polite + system + irq + softirq for user, nice, system, _, _, irq, softirq, *_ in found)
     return Cores(len(found), busy / os.sysconf("SC_CLK_TCK")) if found else None
+
+
+def yielding_children_s() -> float:
+    """Seconds that the kernel has computed for the children of this process that give way; 0 where it does not tell."""
+    pids = [pid for task in _TASKS.glob("*/children") for pid in (_text(task) or "").split()]
+    found = [(_text(Path(f"/proc/{pid}/stat")) or "").rpartition(")")[2].split() for pid in pids]
+    ticks = sum(int(fields[_SYSTEM]) for fields in found if fields and int(fields[_NICE]) > 0)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _meminfo(name: str) -> int:

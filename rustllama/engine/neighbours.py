@@ -6,40 +6,50 @@ waiting: a call on fewer threads, each with a core to itself, is faster, and so 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
-from rustllama.engine.machine import Cores, cores
-
-_PERIOD_S = 1.0  # the kernel counts in hundredths of a second
+from rustllama.engine.machine import Cores, cores, yielding_children_s
 
 
 class Neighbours:
-    """Looks once a second; where the system tells nothing, there are none."""
+    """Where the system tells nothing, there are none."""
 
     def __init__(
         self,
         look: Callable[[], Cores | None] = cores,
         own_s: Callable[[], float] = time.process_time,
+        yielding_s: Callable[[], float] = yielding_children_s,
         now_s: Callable[[], float] = time.monotonic,
+        period_s: float = 1.0,
     ) -> None:
-        """`own_s` is the CPU time of this process."""
-        self._look, self._own_s, self._now_s = look, own_s, now_s
+        """`own_s` is the CPU time of this process, `yielding_s` what `look` counts of others and is no reason to leave
+        cores: it falls when one of them ends. They are asked every `period_s`; the kernel counts in hundredths of a
+        second.
+        """
+        self._look, self._own_s, self._yielding_s, self._now_s = look, own_s, yielding_s, now_s
+        self._period_s = period_s
         self._seen = look()
-        self._own_then_s, self._then_s = own_s(), now_s()
+        self._own_then_s, self._yielding_then_s, self._then_s = own_s(), yielding_s(), now_s()
         self.busy = 0.0
 
     def leave(self, most: int) -> int:
         """Threads for the next call: at most so many, and no more than there are cores left."""
+        return max(1, min(most, round(min(most, self.free()))))
+
+    def free(self) -> float:
+        """Cores that others do not compute on; infinity where the system tells nothing."""
         now_s = self._now_s()
-        if now_s - self._then_s >= _PERIOD_S:
+        if now_s - self._then_s >= self._period_s:
             self._count(now_s)
-        free = most if self._seen is None else round(self._seen.count - self.busy)
-        return max(1, min(most, free))
+        return math.inf if self._seen is None else self._seen.count - self.busy
 
     def _count(self, now_s: float) -> None:
-        before, own_before_s, passed_s = self._seen, self._own_then_s, now_s - self._then_s
-        self._seen, self._own_then_s, self._then_s = self._look(), self._own_s(), now_s
+        before, own_before_s, yielding_before_s = self._seen, self._own_then_s, self._yielding_then_s
+        self._seen, self._own_then_s, self._yielding_then_s = self._look(), self._own_s(), self._yielding_s()
         if self._seen is not None and before is not None:
-            others_s = self._seen.busy_s - before.busy_s - (self._own_then_s - own_before_s)
-            self.busy = max(0.0, others_s / passed_s)
+            yielding_s = max(0.0, self._yielding_then_s - yielding_before_s)
+            others_s = self._seen.busy_s - before.busy_s - (self._own_then_s - own_before_s) - yielding_s
+            self.busy = max(0.0, others_s / (now_s - self._then_s))
+        self._then_s = now_s

@@ -39,15 +39,19 @@ class Pulling:
         web: Web,
         tell: Tell,
         *,
+        rest_s: Callable[[], float] = lambda: 0.0,
         environ: Mapping[str, str] = os.environ,
         block_bytes: int = BLOCK_BYTES,
         asking_s: tuple[float, ...] = ASKING_S,
         fetching_s: tuple[float, ...] = FETCHING_S,
     ) -> None:
-        """`tell` is called in any thread, and in the calling one while bytes come. The pauses are those of Retries."""
+        """`tell` is called in any thread, and in the calling one while bytes come. `rest_s` is Pace's; the pauses are
+        those of Retries.
+        """
         self._store = store
         self._web = web
         self._tell = tell
+        self._rest_s = rest_s
         self._environ = environ
         self._block_bytes = block_bytes
         self._asking_s = asking_s
@@ -151,6 +155,7 @@ class Pulling:
             takes_ranges=found.takes_ranges,
             tell=lambda completed: self._tell(Progress(status, digest, total, completed)),
             warn=self._warn,
+            rest_s=self._rest_s,
             pauses_s=self._fetching_s,
         )
 

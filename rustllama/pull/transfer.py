@@ -24,8 +24,8 @@ from rustllama.pull.web import Web, unreachable
 
 CONNECTIONS = 4
 
-_READ_BYTES = 1 << 20  # at most, at once
-_HASH_BYTES = 4 << 20
+_READ_BYTES = 1 << 18  # at most, at once: in the kernel, no thread of an answer takes its core back
+_HASH_BYTES = 1 << 20
 _LOOK_S = 0.02  # of the hash for more
 _TELL_S = 0.1
 _SAVE_S = 5.0  # lost at most where the power fails
@@ -63,14 +63,17 @@ class Transfer:
         takes_ranges: bool,
         tell: Callable[[int], None],
         warn: Callable[[str], None],
+        rest_s: Callable[[], float],
         pauses_s: tuple[float, ...] = FETCHING_S,
     ) -> None:
+        """`rest_s` tells how long to rest after a piece: see Pace."""
         self._web = web
         self._url = url
         self._partial = partial
         self._takes_ranges = takes_ranges
         self._tell = tell
         self._warn = warn
+        self._rest_s = rest_s
         self._pauses_s = pauses_s
         self._blocks: Iterator[int] = iter(partial.blocks)
         self._taking = threading.Lock()
@@ -103,6 +106,7 @@ class Transfer:
             if ready:
                 digest.update(self._partial.read(place, ready))
                 place += ready
+                self._rest()
             elif self._failure is not None:
                 raise self._failure
             else:
@@ -149,8 +153,13 @@ class Transfer:
                     data = data[: end - start]
                     self._partial.write(block, data)
                     start += len(data)
+                    self._rest()
             except (urllib3.exceptions.HTTPError, requests.RequestException) as error:
                 raise unreachable(self._url, error) from None
+
+    def _rest(self) -> None:
+        if rest_s := self._rest_s():
+            self._stopping.wait(rest_s)
 
     def _asking(self, start: int, end: int) -> dict[str, str]:
         if not self._takes_ranges:
