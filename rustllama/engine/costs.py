@@ -6,7 +6,7 @@ for many, and which of them is the cheapest per row differs by quantization and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,8 +22,12 @@ _RELIEF = 0.5  # downwards: nothing makes a call faster than it is
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
 _FORGETTING = 0.9  # what the past weighs at each observation of a prompt call: about ten of them count
 _SPREAD = 64  # tokens of depth; over less, no slope can be told
+_NEAR = 256  # tokens of depth
 _SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
 _FIRST_CHUNK = 64  # tokens, before anything is known
+_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
+_BIT_LONGER, _MUCH_LONGER = 1.25, 1.5  # than there is time for
+_MUCH_CHEAPER = 0.5
 
 
 class Split(NamedTuple):
@@ -143,6 +147,10 @@ class _Line:
         self.x, self.y = kept * self.x + x, kept * self.y + y
         self.xx, self.xy = kept * self.xx + x * x, kept * self.xy + x * y
 
+    def reaches(self, x: float) -> bool:
+        """Whether it tells anything about there."""
+        return self.slope is not None or abs(x - self.x / self.weight) < _NEAR
+
     @property
     def slope(self) -> float | None:
         """None where the observations lie too close together."""
@@ -171,25 +179,55 @@ class PromptCost:
         """0 while nothing is known."""
         if not self._lines:
             return 0.0
-        size = rows.bit_length()
-        nearest = min(self._lines, key=lambda known: (abs(known - size), known))
+        nearest = self._nearest(rows.bit_length(), depth)
         line = self._lines[nearest]
-        return line.at(depth, self._slope if line.slope is None else line.slope)
+        return line.at(depth, self._slope(nearest) if line.slope is None else line.slope)
 
     def rows_within(self, ms: float, depth: float, most: int) -> int:
-        """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`."""
+        """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`.
+
+        Where less than a tile would fit, a tile may take a bit longer, and much longer where its rows are much cheaper.
+        """
         if not self._lines:
             return min(_FIRST_CHUNK, most)
-        best = _SMALLEST_CHUNK
-        for bits in range(_SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
-            smallest, largest = 1 << (bits - 1), (1 << bits) - 1
-            rows = min(int(ms / self.ms_per_row(smallest, depth + smallest / 2)), largest)
-            if rows >= smallest:
-                best = max(best, rows)
+        best = max(self._fitting(ms, depth, most), default=_SMALLEST_CHUNK)
+        if best < _TILE <= most:
+            small, tile = self._per_row(best, depth), self._per_row(_TILE, depth)
+            stretch = _MUCH_LONGER if tile <= _MUCH_CHEAPER * small else _BIT_LONGER
+            best = _TILE if _TILE * tile <= stretch * max(ms, best * small) else best
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
-    @property
-    def _slope(self) -> float:
-        """For sizes that were seen at one depth only: what the others tell."""
-        slopes = [line.slope for line in self._lines.values() if line.slope is not None]
-        return sum(slopes) / len(slopes) if slopes else 0.0
+    def _fitting(self, ms: float, depth: float, most: int) -> Iterator[int]:
+        """The largest call of each size that takes no longer. Deep in a prompt, less than a tile grows from the
+        smallest on: what is known of other depths and of tiles says little about it.
+        """
+        tried = depth < _NEAR or any(line.reaches(depth) for size, line in self._lines.items() if not _is_tiled(size))
+        for bits in range(_SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
+            smallest, largest = 1 << (bits - 1), (1 << bits) - 1
+            rows = min(int(ms / self._per_row(smallest, depth)), largest)
+            if rows >= smallest and (tried or _is_tiled(bits)):
+                yield rows
+
+    def _per_row(self, rows: int, depth: float) -> float:
+        """Of a call that begins at this depth."""
+        return self.ms_per_row(rows, depth + rows / 2)
+
+    def _nearest(self, size: int, depth: float) -> int:
+        """Of the sizes that were seen: of the same kernel, at about this depth, of about as many rows."""
+
+        def distance(seen: int) -> tuple[bool, bool, int, int]:
+            other_kernel = _is_tiled(seen) != _is_tiled(size)
+            return other_kernel, not self._lines[seen].reaches(depth), abs(seen - size), seen
+
+        return min(self._lines, key=distance)
+
+    def _slope(self, size: int) -> float:
+        """For a size that was seen at one depth only: what tells the next one of its kernel, else of the other."""
+        known = {seen: line.slope for seen, line in self._lines.items() if line.slope is not None}
+        nearest = min(known, key=lambda seen: (_is_tiled(seen) != _is_tiled(size), abs(seen - size)), default=None)
+        return 0.0 if nearest is None else known[nearest]
+
+
+def _is_tiled(size: int) -> bool:
+    """Whether all calls of this size (bits of their rows) have the kernel for tiles."""
+    return size >= _TILE.bit_length()

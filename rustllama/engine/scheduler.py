@@ -203,7 +203,8 @@ class Scheduler:
 
     def _chunks(self, target_ms: float, now_ns: int) -> list[Chunk]:
         """The most urgent prompts first. A small piece of another one is left for later: what is longer or shorter than
-        the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone.
+        the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone. The end of a
+        prompt may take longer than a larger piece of it, and is cut as well where somebody waits.
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self.sharing.followers]
@@ -218,6 +219,8 @@ class Scheduler:
                 return [Chunk(sequence, slot, min(EXACT_CHUNK, sequence.prompt_remaining))]
             reach = self._reach(sequence)
             count = min(reach, left)
+            if count < left and target_ms < _ALONE_MS:
+                count = self.prompt_cost.rows_within(target_ms, sequence.computed, count)
             if count == reach or not chunks or count >= budget // 2:
                 chunks += [Chunk(sequence, slot, count)] if count else []
                 left -= count
