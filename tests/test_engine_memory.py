@@ -58,6 +58,11 @@ def test_the_slots_of_an_earlier_load_are_made_again_while_they_fit(before: int,
     assert made.n_slots == slots
 
 
+def test_what_plain_attention_takes_is_counted() -> None:
+    plain, flash = (plan(LARGE, 24, slots=1, flash_attention=name).size_bytes for name in ("off", "auto"))
+    assert plain - flash == 4 * 512 * 8192 * 32
+
+
 def test_a_context_is_never_longer_than_what_was_trained() -> None:
     assert plan(replace(SMALL, context_length=1000), 16).n_ctx == 1024
 

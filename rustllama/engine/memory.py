@@ -125,7 +125,8 @@ def _needed_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
 
 
 def _lane_bytes(info: ModelInfo, settings: Settings, n_ctx: int, n_slots: int) -> int:
-    return n_slots * _slot_bytes(info, settings, n_ctx) + _buffer_bytes(info, settings.num_batch, n_slots)
+    buffers = _buffer_bytes(info, settings.num_batch, n_slots) + _score_bytes(info, settings, n_ctx)
+    return n_slots * _slot_bytes(info, settings, n_ctx) + buffers
 
 
 def _slot_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
@@ -137,3 +138,8 @@ def _buffer_bytes(info: ModelInfo, n_batch: int, n_slots: int) -> int:
     """llama.cpp's compute buffer, estimated: about 24 activations of the width for each row, and the logits."""
     rows = max(n_slots, DRAFT_ROWS)
     return 4 * (24 * n_batch * info.embedding_length + 2 * rows * info.vocabulary_size)
+
+
+def _score_bytes(info: ModelInfo, settings: Settings, n_ctx: int) -> int:
+    """Without flash attention: what each head makes of each cell, for each row of a call."""
+    return 4 * settings.num_batch * n_ctx * info.head_count if settings.flash_attention == "off" else 0
