@@ -18,6 +18,7 @@ from rustllama.pull.messages import Failure, Message, Order
 from rustllama.pull.pace import Pace
 from rustllama.pull.progress import Progress
 from rustllama.pull.pulling import Pulling
+from rustllama.pull.retries import Pauses
 from rustllama.pull.source import parse
 from rustllama.pull.store import Store
 from rustllama.pull.web import Web
@@ -37,10 +38,11 @@ def main() -> None:
 
 
 def _pulled(order: Order) -> Message:
-    web, pace = Web(public_only=order.public_only), Pace(Neighbours(period_s=_LOOK_EVERY_S).free)
+    web = Web(public_only=order.public_only)
+    pauses = Pauses(rest_s=Pace(Neighbours(period_s=_LOOK_EVERY_S).free).rest_s)
     try:
         source = parse(order.source, registry=order.registry)
-        return Message(fetched=Pulling(Store(Path(order.folder)), web, _tell, rest_s=pace.rest_s).run(source))
+        return Message(fetched=Pulling(Store(Path(order.folder)), web, _tell, pauses=pauses).run(source))
     except RustllamaError as error:
         field = error.field if isinstance(error, BadRequest) else None
         return Message(failure=Failure(type(error).__name__, str(error), field, error.retry_after_s))

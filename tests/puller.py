@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from rustllama.pull.progress import Fetched, Progress
 from rustllama.pull.pulling import Pulling
+from rustllama.pull.retries import Pauses
 from rustllama.pull.source import parse
 from rustllama.pull.store import Store
 from rustllama.pull.web import Web
@@ -43,8 +44,7 @@ class Puller:
                 self._tell,
                 environ=self._environ,
                 block_bytes=BLOCK,
-                asking_s=SOON,
-                fetching_s=SOON,
+                pauses=Pauses(SOON, SOON),
             )
             return pulling.run(parse(source, registry=registry))
 

@@ -17,7 +17,7 @@ from rustllama.pull import huggingface, image, link
 from rustllama.pull.offer import File, Offer
 from rustllama.pull.partial import BLOCK_BYTES, Partial, alone
 from rustllama.pull.progress import Fetched, Progress, Tell
-from rustllama.pull.retries import ASKING_S, FETCHING_S, Retries
+from rustllama.pull.retries import Pauses, Retries
 from rustllama.pull.source import Image, Link, Repository, Source
 from rustllama.pull.store import Store, size_of, told
 from rustllama.pull.transfer import Changed, Found, Transfer, look
@@ -39,23 +39,17 @@ class Pulling:
         web: Web,
         tell: Tell,
         *,
-        rest_s: Callable[[], float] = lambda: 0.0,
         environ: Mapping[str, str] = os.environ,
         block_bytes: int = BLOCK_BYTES,
-        asking_s: tuple[float, ...] = ASKING_S,
-        fetching_s: tuple[float, ...] = FETCHING_S,
+        pauses: Pauses = Pauses(),  # noqa: B008 - frozen
     ) -> None:
-        """`tell` is called in any thread, and in the calling one while bytes come. `rest_s` is Pace's; the pauses are
-        those of Retries.
-        """
+        """`tell` is called in any thread, and in the calling one while bytes come."""
         self._store = store
         self._web = web
         self._tell = tell
-        self._rest_s = rest_s
         self._environ = environ
         self._block_bytes = block_bytes
-        self._asking_s = asking_s
-        self._fetching_s = fetching_s
+        self._pauses = pauses
 
     def run(self, source: Source) -> Fetched:
         """Raises RustllamaError."""
@@ -155,12 +149,11 @@ class Pulling:
             takes_ranges=found.takes_ranges,
             tell=lambda completed: self._tell(Progress(status, digest, total, completed)),
             warn=self._warn,
-            rest_s=self._rest_s,
-            pauses_s=self._fetching_s,
+            pauses=self._pauses,
         )
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        retries = Retries(self._asking_s, sleep, self._warn)
+        retries = Retries(self._pauses.asking, sleep, self._warn)
         while True:
             try:
                 return call()

@@ -1,15 +1,22 @@
-"""How often and after which pauses something is tried again that failed for a passing reason."""
+"""When a pull waits: how often and after which pauses it tries again what failed for a passing reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rustllama.errors import Unreachable
 
-ASKING_S = (0.5, 1.0, 2.0)
-FETCHING_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
-
 _LONGEST_S = 300.0  # that a server may make us wait
+
+
+@dataclass(frozen=True, slots=True)
+class Pauses:
+    """In seconds. `rest_s` is asked after each piece that was fetched or hashed: see Pace."""
+
+    asking: tuple[float, ...] = (0.5, 1.0, 2.0)
+    fetching: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
+    rest_s: Callable[[], float] = lambda: 0.0
 
 
 class Retries:

@@ -19,7 +19,7 @@ import urllib3
 
 from rustllama.errors import BadRequest, RustllamaError, Unreachable
 from rustllama.pull.partial import Partial, Remote
-from rustllama.pull.retries import FETCHING_S, Retries
+from rustllama.pull.retries import Pauses, Retries
 from rustllama.pull.web import Web, unreachable
 
 CONNECTIONS = 4
@@ -63,18 +63,15 @@ class Transfer:
         takes_ranges: bool,
         tell: Callable[[int], None],
         warn: Callable[[str], None],
-        rest_s: Callable[[], float],
-        pauses_s: tuple[float, ...] = FETCHING_S,
+        pauses: Pauses,
     ) -> None:
-        """`rest_s` tells how long to rest after a piece: see Pace."""
         self._web = web
         self._url = url
         self._partial = partial
         self._takes_ranges = takes_ranges
         self._tell = tell
         self._warn = warn
-        self._rest_s = rest_s
-        self._pauses_s = pauses_s
+        self._pauses = pauses
         self._blocks: Iterator[int] = iter(partial.blocks)
         self._taking = threading.Lock()
         self._stopping = threading.Event()
@@ -129,7 +126,7 @@ class Transfer:
             self._stopping.set()
 
     def _fetch_block(self, block: int) -> None:
-        retries = Retries(self._pauses_s, self._stopping.wait, self._warn)
+        retries = Retries(self._pauses.fetching, self._stopping.wait, self._warn)
         while not self._stopping.is_set():
             start, end = self._partial.missing(block)
             if start == end:
@@ -158,7 +155,7 @@ class Transfer:
                 raise unreachable(self._url, error) from None
 
     def _rest(self) -> None:
-        if rest_s := self._rest_s():
+        if rest_s := self._pauses.rest_s():
             self._stopping.wait(rest_s)
 
     def _asking(self, start: int, end: int) -> dict[str, str]:
