@@ -210,6 +210,15 @@ def test_slow_steps_still_leave_half_the_time_to_prompts() -> None:
     assert step(made).prompt[0].count == pytest.approx(300 / 10.0, abs=8)
 
 
+def test_the_end_of_a_prompt_is_cut_where_it_costs_more_than_a_larger_piece_and_somebody_waits() -> None:
+    made = scheduler(prompt_ms_per_token=1.0)
+    made.prompt_cost.observe(8, 4, 8 * 20.0)
+    made.add(sequence(48))
+    assert step(made).prompt[0].count == 48, "nobody waits"
+    made.add(sequence(48))
+    assert step(made).prompt[0].count == 8
+
+
 def test_the_shortest_prompt_comes_first() -> None:
     made = scheduler(prompt_ms_per_token=2.0, n_batch=128)
     long, short = sequence(1000), sequence(40)

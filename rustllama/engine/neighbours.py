@@ -36,7 +36,7 @@ class Neighbours:
 
     def leave(self, most: int) -> int:
         """Threads for the next call: at most so many, and no more than there are cores left."""
-        return max(1, min(most, round(min(most, self.free()))))
+        return max(1, round(min(most, self.free())))
 
     def free(self) -> float:
         """Cores that others do not compute on; infinity where the system tells nothing."""
