@@ -14,9 +14,10 @@ import os
 from pathlib import Path
 from rustllama.rlimits import give_way
 path = Path({str(AUTOGROUP)!r})
-before = path.read_text().split()[-1] if path.exists() else ""
+of_session = lambda: path.read_text().split()[-1:] if path.exists() else []  # the first one of the machine has none
+before = of_session()
 give_way(7)
-print(os.nice(0), before, path.read_text().split()[-1] if path.exists() else "")
+print(os.nice(0), *before, *of_session())
 """
 
 
