@@ -151,6 +151,7 @@ class MemoryPlan:
     n_slots: int
     size_bytes: int  # weights, KV cache and buffers
     warnings: tuple[str, ...] = ()
+    plain_attention: bool = False  # without flash attention, where the setting leaves it open
 
 
 @dataclass(frozen=True, slots=True)

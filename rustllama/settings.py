@@ -176,7 +176,7 @@ class Settings:
     num_batch: int = _setting(_whole(1, 8192), 512, "tokens of the largest prompt call")
     num_gpu: int = _setting(_whole(-1, 1024), -1, "layers on the GPU; -1: all that fit")
     use_mmap: bool = _setting(_yes, True, "map the weights instead of reading them")
-    flash_attention: str = _setting(_one_of("auto", "on", "off"), "auto", "auto, on or off")
+    flash_attention: str = _setting(_one_of("auto", "on", "off"), "auto", "auto (what is faster), on or off")
     kv_cache_type: str = _setting(
         _one_of("f16", "f32"), "f16", "numbers of the KV cache: f16, or f32 for twice the memory"
     )

@@ -163,7 +163,11 @@ class FakeKeeper:
     forgotten: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     prompt_cache_bytes: int = 0
+    plain_attention: bool = False
     flushed: bool = False
+
+    def prefers_plain_attention(self, record: ModelRecord, options: LoadOptions) -> bool:
+        return self.plain_attention
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)

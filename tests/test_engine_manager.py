@@ -400,3 +400,10 @@ def test_a_model_gets_as_many_slots_as_before_where_they_fit(tmp_path: Path) -> 
             made = EngineManager(Settings(memory_limit=250 * MIB, slots=slots), factory, facts)
             made.acquire(record("a"))
             assert factory.made[0].plan.n_slots == expected
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_model_is_laid_out_for_the_attention_that_it_prefers(plain: bool) -> None:
+    made = manager(factory := Factory(plain_attention=plain))
+    made.acquire(record("a"))
+    assert factory.made[0].plan.plain_attention is plain

@@ -63,6 +63,16 @@ def test_what_plain_attention_takes_is_counted() -> None:
     assert plain - flash == 4 * 512 * 8192 * 32
 
 
+@pytest.mark.parametrize(("gib", "plain"), [(7, True), (5.6, False), (5.4, False), (5.1, True)])
+def test_plain_attention_is_not_bought_with_tokens_or_slots(gib: float, plain: bool) -> None:
+    usual = memory.plan(LARGE, Settings(), int(gib * GIB), squeeze=True)
+    made = memory.plan(LARGE, Settings(), int(gib * GIB), squeeze=True, plain_attention=True)
+    assert usual is not None
+    assert made is not None
+    assert (made.n_ctx, made.n_slots, made.plain_attention) == (usual.n_ctx, usual.n_slots, plain)
+    assert usual.size_bytes < made.size_bytes <= gib * GIB if plain else made == usual
+
+
 def test_a_context_is_never_longer_than_what_was_trained() -> None:
     assert plan(replace(SMALL, context_length=1000), 16).n_ctx == 1024
 

@@ -12,7 +12,7 @@ from rustllama.bench.report import Figures, figures
 from rustllama.bench.trace import Trace
 from rustllama.core import SamplingParams
 from rustllama.engine.machine import physical_cores
-from rustllama.engine.native import Context, Model, Sampler, gpu_layers
+from rustllama.engine.native import Context, Model, Sampler, gpu_layers, plain_is_faster
 from rustllama.engine.sampling import chain
 from rustllama.settings import Settings
 
@@ -31,17 +31,20 @@ class BareLoop:
 
     def __init__(self, path: Path, settings: Settings, streams: int, tokens: int) -> None:
         """`tokens` is the longest prompt and answer together."""
-        layers = gpu_layers(gguf.read(path), settings.num_gpu)
+        info, n_threads = gguf.read(path), settings.num_thread or physical_cores()
+        layers = gpu_layers(info, settings.num_gpu)
         self._model = Model(str(path), num_gpu=layers, use_mmap=settings.use_mmap)
-        self._batch = settings.num_batch
+        self._batch, numbers = settings.num_batch, settings.kv_cache_type
+        leaves_open = settings.flash_attention == "auto" and not layers
+        plain = leaves_open and plain_is_faster(info, n_threads=n_threads, kv_cache_type=numbers)
         self._context = Context(
             self._model,
             n_ctx=tokens,
             n_slots=streams,
             n_batch=settings.num_batch,
-            n_threads=settings.num_thread or physical_cores(),
-            flash_attention=settings.flash_attention,
-            kv_cache_type=settings.kv_cache_type,
+            n_threads=n_threads,
+            flash_attention="off" if plain else settings.flash_attention,
+            kv_cache_type=numbers,
         )
         greedy = chain(SamplingParams(temperature=0), vocabulary_size=self._model.n_vocab, context_length=tokens)
         self._sampler = Sampler(greedy)  # it keeps no state: one serves all

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
@@ -17,7 +17,7 @@ from rustllama.engine.disk_store import DiskStore
 from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
 from rustllama.engine.machine import physical_cores
-from rustllama.engine.native import BUILD, Model, gpu_layers, listen
+from rustllama.engine.native import BUILD, Model, gpu_layers, listen, plain_is_faster
 from rustllama.engine.neighbours import Neighbours
 from rustllama.engine.prefix_store import PrefixStore, StoreState
 from rustllama.engine.recall import Recall
@@ -74,6 +74,22 @@ class LlamaEngines:
         """See `manager.EngineFactory`."""
         return LlamaEngine(record, options, plan, self._shared, tell)
 
+    def prefers_plain_attention(self, record: ModelRecord, options: LoadOptions) -> bool:
+        """See `manager.EngineFactory`. Measured at the first load, in the native thread between the calls of others;
+        kept for good, as the two ways round differently.
+        """
+        shared, settings = self._shared, self._shared.settings
+        if settings.flash_attention != "auto" or _num_gpu(record, options, settings):
+            return False
+        kind, n_threads = settings.kv_cache_type, _num_thread(options, settings)
+        name = f"plain_attention {_machine(n_threads)} kv_cache_type={kind}"
+        known = shared.facts.get(record.digest, name, bool)
+        if known is None:
+            call = shared.native.call
+            known = plain_is_faster(record.info, n_threads=n_threads, kv_cache_type=kind, call=call)
+            shared.facts.keep(record.digest, name, known)
+        return known
+
     def stores(self) -> tuple[StoreState, ...]:
         store, disk = self._shared.store, self._shared.disk
         return (store.state(), disk.state()) if self._shared.settings.prompt_cache_disk else (store.state(),)
@@ -105,18 +121,18 @@ class LlamaEngine:
         self._tally = shared.tally.models[record.name]
         self._plan = plan
         self._settings = settings
-        self._n_threads = options.num_thread or settings.num_thread or physical_cores()
+        self._n_threads = _num_thread(options, settings)
         self._n_batch = options.num_batch or settings.num_batch
-        wanted = settings.num_gpu if options.num_gpu is None else options.num_gpu
-        self._num_gpu = gpu_layers(record.info, wanted)
+        self._num_gpu = _num_gpu(record, options, settings)
         use_mmap = settings.use_mmap if options.use_mmap is None else options.use_mmap
+        self._attentions = ("off", settings.flash_attention) if plan.plain_attention else (settings.flash_attention,)
         self._lanes: list[Lane] = []  # the usual one first
         self._witness = Witness(shared.box, record)
         with ExitStack() as undo:
             undo.callback(self._witness.unmark)
             self._model = bridge.offload(Model, record.path, num_gpu=self._num_gpu, use_mmap=use_mmap, tell=tell)
             undo.callback(self._model.close)
-            self._lanes.append(self._open(plan.n_ctx, plan.n_slots))
+            self._lanes.append(self._open(plan.n_ctx, plan.n_slots, self._attentions[0]))
             undo.pop_all()
         self._witness.loaded()
 
@@ -130,13 +146,14 @@ class LlamaEngine:
         if self._lane_for(num_ctx) is not None:
             return
         n_ctx = memory.padded(min(_power_of_two(num_ctx), self._info.context_length))
-        needed = memory.large_lane_bytes(self._info, self._settings, n_ctx)
-        if needed > available_bytes:
+        needed = {attention: self._large_lane_bytes(n_ctx, attention) for attention in self._attentions}
+        fitting = [attention for attention in self._attentions if needed[attention] <= available_bytes]
+        if not fitting:
             raise OutOfMemory(
-                f"a context of {num_ctx} tokens needs {memory.gib(needed)} more memory, and "
+                f"a context of {num_ctx} tokens needs {memory.gib(min(needed.values()))} more memory, and "
                 f"{memory.gib(available_bytes)} are free: ask for a smaller num_ctx."
             )
-        self._lanes.append(self._open(n_ctx, 1))
+        self._lanes.append(self._open(n_ctx, 1, fitting[0]))
 
     def check_room(self, num_ctx: int) -> None:
         self._lane_of(num_ctx).check_room()
@@ -153,7 +170,7 @@ class LlamaEngine:
             raise Unsupported("'shift' is not possible in a reproducible answer: ask for one of the two.", "shift")
 
     def state(self) -> EngineState:
-        large = [memory.large_lane_bytes(self._info, self._settings, lane.shape.n_ctx) for lane in self._lanes[1:]]
+        large = [self._large_lane_bytes(lane.shape.n_ctx, lane.shape.flash_attention) for lane in self._lanes[1:]]
         size = self._plan.size_bytes + sum(large)
         layers = self._info.block_count + 1
         return EngineState(
@@ -186,11 +203,14 @@ class LlamaEngine:
         self._shared.store.check_integrity()
         self._shared.disk.check_integrity()
 
-    def _open(self, n_ctx: int, n_slots: int) -> Lane:
-        may_draft = self._settings.speculation and Cuts.of(self._info) == Cuts()
-        shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft)
-        context = bridge.offload(shape.open, self._model, self._settings)
-        settings, sharing = self._settings, Sharing(self._shelf(shape))
+    def _large_lane_bytes(self, n_ctx: int, flash_attention: str) -> int:
+        return memory.large_lane_bytes(self._info, replace(self._settings, flash_attention=flash_attention), n_ctx)
+
+    def _open(self, n_ctx: int, n_slots: int, flash_attention: str) -> Lane:
+        settings = self._settings
+        may_draft, numbers = settings.speculation and Cuts.of(self._info) == Cuts(), settings.kv_cache_type
+        shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft, flash_attention, numbers)
+        context, sharing = bridge.offload(shape.open, self._model), Sharing(self._shelf(shape))
         cost = self._decode_cost(shape)
         scheduler = Scheduler(n_slots, self._n_batch, settings.max_queue, settings.gap_ms, sharing, decode_cost=cost)
         threads = Threads(self._n_threads, self._shared.neighbours, on_gpu=self._model.on_gpu)
@@ -198,9 +218,8 @@ class LlamaEngine:
 
     def _decode_cost(self, lane: LaneShape) -> DecodeCost:
         """Begins with what was measured before, by the same build on the same machine."""
-        facts, settings = self._shared.facts, self._settings
-        name = f"decode_ms {BUILD} {platform.node()} threads={self._n_threads} gpu={self._num_gpu} "
-        name += f"flash_attention={settings.flash_attention} kv_cache_type={settings.kv_cache_type}"
+        facts, name = self._shared.facts, f"decode_ms {_machine(self._n_threads)} gpu={self._num_gpu} "
+        name += f"flash_attention={lane.flash_attention} kv_cache_type={lane.kv_cache_type}"
         known = facts.get(self._digest, name, list[float]) or []
         return DecodeCost(lane.n_slots, known, lane.may_draft, complete=lambda ms: facts.keep(self._digest, name, ms))
 
@@ -208,8 +227,7 @@ class LlamaEngine:
         store, disk = self._shared.store, self._shared.disk if self._settings.prompt_cache_disk else None
         if not store.limit_bytes:
             return None
-        flash, numbers = self._settings.flash_attention, self._settings.kv_cache_type
-        shape = Shape(self._digest, lane.n_ctx, lane.n_slots, flash, numbers)
+        shape = Shape(self._digest, lane.n_ctx, lane.n_slots, lane.flash_attention, lane.kv_cache_type)
         cuts = Cuts.of(self._info)
         if disk is not None:
             disk.open(shape, cuts)
@@ -249,6 +267,20 @@ class LlamaEngine:
         if bos is not None and tokens[:1] != [bos]:
             tokens.insert(0, bos)
         return tuple(Recall(known, self._model.answer_piece).rewrite(tokens))
+
+
+def _machine(n_threads: int) -> str:
+    """What a measured time holds for, in the name of a fact."""
+    return f"{BUILD} {platform.node()} threads={n_threads}"
+
+
+def _num_thread(options: LoadOptions, settings: Settings) -> int:
+    return options.num_thread or settings.num_thread or physical_cores()
+
+
+def _num_gpu(record: ModelRecord, options: LoadOptions, settings: Settings) -> int:
+    """Layers."""
+    return gpu_layers(record.info, settings.num_gpu if options.num_gpu is None else options.num_gpu)
 
 
 def _power_of_two(number: int) -> int:

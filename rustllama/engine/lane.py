@@ -22,7 +22,7 @@ from rustllama.engine.tally import ModelTally
 from rustllama.engine.threads import Threads
 from rustllama.engine.turns import Claim, Share
 from rustllama.errors import InternalError, RustllamaError
-from rustllama.settings import FOREVER, Settings
+from rustllama.settings import FOREVER
 
 _LINGER_S = 0.5
 _PATIENCE_S = 0.5
@@ -39,8 +39,10 @@ class LaneShape:
     n_batch: int
     n_threads: int
     may_draft: bool
+    flash_attention: str
+    kv_cache_type: str
 
-    def open(self, model: Model, settings: Settings) -> Context:
+    def open(self, model: Model) -> Context:
         """Blocks: call it in a worker thread. Raises OutOfMemory."""
         return Context(
             model,
@@ -48,8 +50,8 @@ class LaneShape:
             n_slots=self.n_slots,
             n_batch=self.n_batch,
             n_threads=self.n_threads,
-            flash_attention=settings.flash_attention,
-            kv_cache_type=settings.kv_cache_type,
+            flash_attention=self.flash_attention,
+            kv_cache_type=self.kv_cache_type,
         )
 
 

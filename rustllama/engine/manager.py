@@ -34,6 +34,9 @@ class EngineFactory(Protocol):
     def prompt_cache_bytes(self) -> int:
         """Memory that computed prompts may take, apart from the engines."""
 
+    def prefers_plain_attention(self, record: ModelRecord, options: LoadOptions) -> bool:
+        """Whether the model is clearly faster without flash attention, where the setting leaves that open."""
+
     def __call__(
         self, record: ModelRecord, options: LoadOptions, plan: MemoryPlan, tell: Callable[[float], None], /
     ) -> Engine:
@@ -181,7 +184,8 @@ class EngineManager:
         record = entry.record
         self._facts.check(record)
         slots_before = self._facts.get(record.digest, _SLOTS, dict[int, int]) or {}
-        entry.plan = plan = self._make_room(record.info, slots_before)
+        plain = self._factory.prefers_plain_attention(record, entry.options)
+        entry.plan = plan = self._make_room(record.info, slots_before, plain_attention=plain)
         _log.info("loading %s: %s", record.name, plan)
         started_ns = time.perf_counter_ns()
         entry.gauge.start()
@@ -195,15 +199,18 @@ class EngineManager:
     def _tally(self, entry: Entry) -> ModelTally:
         return self._factory.tally.models[entry.record.name]
 
-    def _make_room(self, info: ModelInfo, slots_before: Mapping[int, int]) -> MemoryPlan:
+    def _make_room(self, info: ModelInfo, slots_before: Mapping[int, int], *, plain_attention: bool) -> MemoryPlan:
         """Idle models leave before a context is made shorter; when all are busy, the load waits for one of them."""
         memory.refuse_what_never_fits(info, self._settings, self._available() + self._used_bytes)
+        plan_in = functools.partial(
+            memory.plan, info, self._settings, slots_before=slots_before, plain_attention=plain_attention
+        )
         while True:
             available = self._available()
-            plan = memory.plan(info, self._settings, available, squeeze=False, slots_before=slots_before)
+            plan = plan_in(available, squeeze=False)
             if plan is None and self._evict():
                 continue
-            plan = plan or memory.plan(info, self._settings, available, squeeze=True, slots_before=slots_before)
+            plan = plan or plan_in(available, squeeze=True)
             if plan is not None:
                 return plan
             if not self.loaded():

@@ -26,12 +26,27 @@ def plan(
     *,
     squeeze: bool,
     slots_before: Mapping[int, int] | None = None,
+    plain_attention: bool = False,
 ) -> MemoryPlan | None:
     """The layout of a model in that much memory, or None; `squeeze` allows contexts down to SMALLEST_CTX.
 
     `slots_before`: by the tokens of a slot, how many there were when it was loaded before. A saved state is refused by
     a context of another number, so that this one is kept where it fits, unless twice as many would be there now.
+    `plain_attention` is wanted, but not at the price of a slot or of a shorter context.
     """
+    flash = _plan(info, settings, available_bytes, squeeze, slots_before or {})
+    if flash is None or not plain_attention:
+        return flash
+    without = replace(settings, flash_attention="off")
+    plain = _plan(info, without, available_bytes, squeeze, slots_before or {})
+    if plain is None or (plain.n_ctx, plain.n_slots) != (flash.n_ctx, flash.n_slots):
+        return flash
+    return replace(plain, plain_attention=True)
+
+
+def _plan(
+    info: ModelInfo, settings: Settings, available_bytes: int, squeeze: bool, slots_before: Mapping[int, int]
+) -> MemoryPlan | None:
     usual = _usual_ctx(info, settings)
     smallest = min(usual, SMALLEST_CTX) if squeeze else usual
     n_ctx = usual
@@ -42,7 +57,7 @@ def plan(
         return None
     warnings = () if n_ctx == usual else (f"memory is short: the context is {n_ctx} tokens instead of {usual}",)
     one = MemoryPlan(n_ctx, 1, needed, warnings)
-    return _with_slots(one, info, settings, available_bytes, (slots_before or {}).get(n_ctx))
+    return _with_slots(one, info, settings, available_bytes, slots_before.get(n_ctx))
 
 
 def mapped_plan(info: ModelInfo, settings: Settings, available_bytes: int) -> MemoryPlan:

@@ -6,9 +6,20 @@ Not one of these functions may be called in the hub, and a Context only by one t
 from rustllama.engine.native import openmp  # noqa: F401 - before llama.cpp is loaded
 
 # isort: split
+from rustllama.engine.native.attention import plain_is_faster
 from rustllama.engine.native.context import Aborted, Context
 from rustllama.engine.native.library import BUILD, gpu_layers, has_gpu, listen
 from rustllama.engine.native.model import Model
 from rustllama.engine.native.sampler import Sampler
 
-__all__ = ["BUILD", "Aborted", "Context", "Model", "Sampler", "gpu_layers", "has_gpu", "listen"]
+__all__ = [
+    "BUILD",
+    "Aborted",
+    "Context",
+    "Model",
+    "Sampler",
+    "gpu_layers",
+    "has_gpu",
+    "listen",
+    "plain_is_faster",
+]
