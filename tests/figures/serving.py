@@ -17,10 +17,12 @@ from typing import Any
 import msgspec
 import requests
 
+from rustllama import gguf
 from rustllama.bench.compare import let_measure
 from rustllama.bench.load import LoadRun, Plan
 from rustllama.bench.report import Figures
 from rustllama.client import Client
+from rustllama.engine.native import plain_is_faster
 from tests.conftest import Server, start_server
 from tests.scrape import Scrape
 
@@ -47,6 +49,11 @@ def serving(*models: Path, home: Path | None = None, tree: Path | None = None, *
             yield server
         finally:
             server.stop()
+
+
+def attention(path: Path) -> str:
+    """`flash_attention` of a bare context that attends as the server does."""
+    return "off" if plain_is_faster(gguf.read(path), n_threads=2, kv_cache_type="f16") else "auto"
 
 
 @contextmanager

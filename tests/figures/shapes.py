@@ -16,11 +16,12 @@ from pathlib import Path
 import msgspec
 
 from rustllama.engine.native import Context, Model
-from tests.figures.serving import load, median, scrape, serving, stopped
+from tests.figures.serving import attention, load, median, scrape, serving, stopped
 
 SLOTS = 16
 PROMPT, ANSWER = 40, 48  # tokens
 _SHARED = 16  # of a prompt's; they are read once for all, or the first would end before the last begins
+_DEPTH = PROMPT + ANSWER // 2  # in the mean of a run: attention is a good part of what a call costs
 _TRIES = 5
 _PER_CURVE = 2  # runs: the machine's own speed drifts
 
@@ -57,23 +58,23 @@ def bare_curve(path: Path) -> Curve:
 
 
 def curve(path: Path) -> dict[int, float]:
-    """Medians of a few tries in random order, on sequences that hold a prompt."""
+    """Medians of a few tries in random order, on sequences that hold a prompt and half of an answer."""
     took: dict[int, list[float]] = {}
-    with closing(Model(str(path))) as model, closing(_context(model)) as context:
+    with closing(Model(str(path))) as model, closing(_context(path, model)) as context:
         for slot in range(SLOTS):
-            context.decode(range(100, 100 + PROMPT), range(PROMPT), [slot] * PROMPT, [i == 0 for i in range(PROMPT)])
+            context.decode(range(100, 100 + _DEPTH), range(_DEPTH), [slot] * _DEPTH, [i == 0 for i in range(_DEPTH)])
         for _ in range(_TRIES):
             for rows in random.sample(range(1, SLOTS + 1), SLOTS):
                 started_s = time.perf_counter()
-                context.decode([7] * rows, [PROMPT] * rows, range(rows), True)
+                context.decode([7] * rows, [_DEPTH] * rows, range(rows), True)
                 took.setdefault(rows, []).append((time.perf_counter() - started_s) * 1e3)
                 for slot in range(rows):
-                    context.cut(slot, PROMPT)
+                    context.cut(slot, _DEPTH)
     return {rows: statistics.median(times) for rows, times in sorted(took.items())}
 
 
-def _context(model: Model) -> Context:
-    return Context(model, n_ctx=512, n_slots=SLOTS, n_batch=512, n_threads=2)
+def _context(path: Path, model: Model) -> Context:
+    return Context(model, n_ctx=512, n_slots=SLOTS, n_batch=512, n_threads=2, flash_attention=attention(path))
 
 
 def cheapest(curve: Curve, count: int) -> float:

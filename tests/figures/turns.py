@@ -14,7 +14,7 @@ import requests
 
 from rustllama.engine.native import Context, Model
 from tests.conftest import Server
-from tests.figures.serving import Answer, ask, median, serving, words
+from tests.figures.serving import Answer, ask, attention, median, serving, words
 
 TURNS = 10
 N_CTX = 4096
@@ -42,11 +42,15 @@ class Chat:
         """One call with as many tokens, at the same depth."""
         depth, new = answer.end["prompt_eval_cached_count"], answer.new_tokens
         tokens = self.rng.choices(range(100, 500), k=depth + new)
-        with closing(Context(self.model, n_ctx=N_CTX, n_slots=1, n_batch=512, n_threads=2)) as context:
+        with closing(self._context()) as context:
             for start in range(0, depth, 512):
                 end = min(start + 512, depth)
                 context.decode(tokens[start:end], range(start, end), [0] * (end - start), False)
             return statistics.median(self._prefill_s(context, tokens, depth) for _ in range(3))
+
+    def _context(self) -> Context:
+        flash_attention = attention(self.path)
+        return Context(self.model, n_ctx=N_CTX, n_slots=1, n_batch=512, n_threads=2, flash_attention=flash_attention)
 
     def _prefill_s(self, context: Context, tokens: list[int], depth: int) -> float:
         new = len(tokens) - depth
