@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,14 @@ def test_only_a_model_that_attends_is_measured(toys: dict[str, Path], shape: str
     faster = plain_is_faster(info, n_threads=1, kv_cache_type="f16", call=count(measured))
     assert bool(measured) is measures
     assert measures or not faster
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head_count": 0}, {"head_count": 5}, {"head_count_kv": ()}, {"key_length": 0}, {"value_length": 2**31}]
+)
+def test_heads_that_no_model_has_are_not_measured(toys: dict[str, Path], changes: dict[str, Any]) -> None:
+    assert Heads.of(info := gguf.read(toys["llama"])) == Heads(4, 2, 16, 16)
+    assert Heads.of(replace(info, **changes)) is None
 
 
 def test_what_a_machine_prefers_is_measured_once(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rustllama.core import ModelInfo
 
 _ROUNDS = 5  # in turns, so that a disturbance meets both ways; the fastest counts
+_MOST_CHANNELS = 1 << 17  # of the queries: no model has more, but a header may say so
 _CLEARLY = 0.8  # of the time with flash attention, which takes less memory
 
 
@@ -28,8 +29,9 @@ class Heads(NamedTuple):
     def of(cls, info: ModelInfo) -> Heads | None:
         """None where the model does not attend, or in a way of its own."""
         keys = max(info.head_count_kv, default=0)
-        plain = keys and info.head_count % keys == 0 and info.key_length and info.value_length
-        return cls(info.head_count, keys, info.key_length, info.value_length) if plain else None
+        heads = cls(info.head_count, keys, info.key_length, info.value_length)
+        usual = all(heads) and heads.queries % keys == 0 and max(heads) * heads.queries < _MOST_CHANNELS
+        return heads if usual else None
 
 
 class Call(NamedTuple):
