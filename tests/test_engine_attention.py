@@ -56,6 +56,13 @@ def test_heads_of_all_shapes_can_be_measured(heads: Heads, kv_cache_type: str, f
         assert attention_ms(heads, call, flash=flash, n_threads=2, kv_cache_type=kv_cache_type) > 0
 
 
+@pytest.mark.parametrize("n_threads", [1, 512])
+@pytest.mark.parametrize("flash", [True, False])
+def test_any_number_of_threads_has_the_memory_it_needs(n_threads: int, flash: bool) -> None:
+    call = Call(128, 256, 1)
+    assert attention_ms(HEADS[0], call, flash=flash, n_threads=n_threads, kv_cache_type="f16") > 0
+
+
 def count(measured: list[float]) -> Callable[[Callable[[], float]], float]:
     def call(measure: Callable[[], float]) -> float:
         measured.append(measure())

@@ -17,7 +17,7 @@ from rustllama.engine.native.context import KV_CACHE
 
 _F32, _F16 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16
 _PRECISE = 10  # enum ggml_prec: GGML_PREC_F32, as llama.cpp asks for
-_SPARE_BYTES = 32 * 1024**2  # for what the operations need on their way
+_SPARE_BYTES = _SPARE_BYTES_OF_THREAD = 2 * 1024**2  # for what the operations need on their way
 _TRIES = 3  # the first one touches the memory
 
 
@@ -78,9 +78,9 @@ def plain_is_faster(
 
 def attention_ms(heads: Heads, call: Call, *, flash: bool, n_threads: int, kv_cache_type: str) -> float:
     """The fastest of a few tries, for one layer."""
-    graph = _Graph(heads, call, flash=flash, kv_cache_type=kv_cache_type)
+    graph = _Graph(heads, call, flash=flash, n_threads=n_threads, kv_cache_type=kv_cache_type)
     try:
-        return min(graph.compute_ms(n_threads) for _ in range(_TRIES))
+        return min(graph.compute_ms() for _ in range(_TRIES))
     finally:
         graph.close()
 
@@ -91,8 +91,8 @@ class _Graph:
     All numbers are zero: the time does not depend on them.
     """
 
-    def __init__(self, heads: Heads, call: Call, *, flash: bool, kv_cache_type: str) -> None:
-        self._heads, self._call, self._kind = heads, call, KV_CACHE[kv_cache_type]
+    def __init__(self, heads: Heads, call: Call, *, flash: bool, n_threads: int, kv_cache_type: str) -> None:
+        self._heads, self._call, self._kind, self._n_threads = heads, call, KV_CACHE[kv_cache_type], n_threads
         self._context = _lib.ggml_init(_Init(self._size_bytes(), None, False))
         queries = self._by_head(_F32, heads.key_length, heads.queries, call.rows)
         keys = self._by_head(self._kind, heads.key_length, heads.keys, call.depth)
@@ -100,9 +100,9 @@ class _Graph:
         result = self._flash(queries, keys) if flash else self._plain(queries, keys)
         _lib.ggml_build_forward_expand(self._graph, result)
 
-    def compute_ms(self, n_threads: int) -> float:
+    def compute_ms(self) -> float:
         started_ns = time.perf_counter_ns()
-        _lib.ggml_graph_compute_with_ctx(self._context, self._graph, n_threads)
+        _lib.ggml_graph_compute_with_ctx(self._context, self._graph, self._n_threads)
         return (time.perf_counter_ns() - started_ns) / 1e6
 
     def close(self) -> None:
@@ -142,4 +142,5 @@ class _Graph:
         heads, call = self._heads, self._call
         lengths = heads.key_length + heads.value_length
         numbers = call.depth * heads.keys * lengths + call.rows * heads.queries * (2 * lengths + 3 * call.depth)
-        return _SPARE_BYTES + 4 * call.streams * (numbers + call.rows * call.depth)
+        spare_bytes = _SPARE_BYTES + self._n_threads * _SPARE_BYTES_OF_THREAD
+        return spare_bytes + 4 * call.streams * (numbers + call.rows * call.depth)
