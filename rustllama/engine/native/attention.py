@@ -18,6 +18,7 @@ from rustllama.engine.native.context import KV_CACHE
 _F32, _F16 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16
 _PRECISE = 10  # enum ggml_prec: GGML_PREC_F32, as llama.cpp asks for
 _SPARE_BYTES = _SPARE_BYTES_OF_THREAD = 2 * 1024**2  # for what the operations need on their way
+_EMPTY_CELLS = 128  # in the mean: a call sees a multiple of 256, and only flash attention skips those without a token
 _TRIES = 3  # the first one touches the memory
 
 
@@ -86,16 +87,17 @@ def attention_ms(heads: Heads, call: Call, *, flash: bool, n_threads: int, kv_ca
 
 
 class _Graph:
-    """Queries of `call.rows` tokens in each stream on `call.depth` cells, as llama.cpp's `build_attn_mha` makes them.
+    """Queries of `call.rows` tokens in each stream on its past cells, as llama.cpp's `build_attn_mha` makes them.
 
     All numbers are zero: the time does not depend on them.
     """
 
     def __init__(self, heads: Heads, call: Call, *, flash: bool, n_threads: int, kv_cache_type: str) -> None:
-        self._heads, self._call, self._kind, self._n_threads = heads, call, KV_CACHE[kv_cache_type], n_threads
+        self._heads, self._kind, self._n_threads = heads, KV_CACHE[kv_cache_type], n_threads
+        self._call = call if flash else call._replace(depth=call.depth + _EMPTY_CELLS)
         self._context = _lib.ggml_init(_Init(self._size_bytes(), None, False))
         queries = self._by_head(_F32, heads.key_length, heads.queries, call.rows)
-        keys = self._by_head(self._kind, heads.key_length, heads.keys, call.depth)
+        keys = self._by_head(self._kind, heads.key_length, heads.keys, self._call.depth)
         self._graph = _lib.ggml_new_graph(self._context)
         result = self._flash(queries, keys) if flash else self._plain(queries, keys)
         _lib.ggml_build_forward_expand(self._graph, result)
