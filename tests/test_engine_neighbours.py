@@ -32,10 +32,14 @@ class Machine:
     own_s: float = 10.0
     yielding_s: float = 5.0
     now_s: float = 50.0
+    running: int = 1  # at the moment: the one that asks
 
     def neighbours(self) -> Neighbours:
         return Neighbours(
-            lambda: Cores(self.count, self.busy_s), lambda: self.own_s, lambda: self.yielding_s, lambda: self.now_s
+            lambda: Cores(self.count, self.busy_s, self.running),
+            lambda: self.own_s,
+            lambda: self.yielding_s,
+            lambda: self.now_s,
         )
 
     def pass_by(self, seconds: float, *, own: float, others: float, yielding: float = 0) -> None:
@@ -67,6 +71,18 @@ def test_two_servers_on_two_cores_come_to_one_thread_each_and_back_to_two() -> N
     assert neighbours.leave(2) == 1
     machine.pass_by(1, own=1, others=0.05)
     assert neighbours.leave(2) == 2
+
+
+def test_after_a_rest_only_who_computes_now_takes_cores() -> None:
+    machine = Machine()
+    neighbours = machine.neighbours()
+    machine.pass_by(60, own=0, others=3)
+    assert neighbours.leave(4) == 4
+    machine.running = 3
+    machine.pass_by(60, own=0, others=3)
+    assert neighbours.leave(4) == 2
+    machine.pass_by(1, own=0, others=3)
+    assert neighbours.leave(4) == 1
 
 
 def test_children_that_give_way_leave_a_call_its_threads() -> None:
@@ -115,13 +131,16 @@ def test_what_the_kernel_does_for_children_is_told_of_those_that_give_way(nice: 
     program = f"import os; os.nice({nice}); print(flush=True)\nwhile True: os.urandom(1 << 20)"
     before_s = machine.yielding_children_s()
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        fields = Path(f"/proc/{child.pid}/stat")
-        while int(fields.read_text().rpartition(")")[2].split()[12]) < 5:
-            time.sleep(0.01)
-        assert (machine.yielding_children_s() > before_s) is counts
-        child.kill()
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            fields = Path(f"/proc/{child.pid}/stat")
+            while int(fields.read_text().rpartition(")")[2].split()[12]) < 5:
+                time.sleep(0.01)
+            told = machine.yielding_children_s() > before_s
+        finally:
+            child.kill()
+    assert told is (counts or os.nice(0) > 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/stat")
@@ -134,10 +153,11 @@ def test_what_is_idle_or_gives_way_or_is_not_ours_does_not_count(
         "cpu0 100 5000 20 70000 800 3 4 60 100 0\n"
         "cpu1 900 5000 90 70000 800 9 9 60 0 0\n"
         "cpu2 200 5000 10 70000 800 1 2 60 0 0\nintr 1 2 3\n"
+        "procs_running 7\nprocs_blocked 2\n"
     )
     monkeypatch.setattr(machine, "_STAT", stat)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2})
-    assert machine.cores() == Cores(2, 340 / os.sysconf("SC_CLK_TCK"))
+    assert machine.cores() == Cores(2, 340 / os.sysconf("SC_CLK_TCK"), 7)
     stat.unlink()
     assert machine.cores() is None
 

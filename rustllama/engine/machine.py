@@ -18,10 +18,14 @@ _SYSTEM, _NICE = 12, 16  # of the fields of /proc/PID/stat behind the name (proc
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The processors that this process may use, and the seconds that they have computed since the machine started."""
+    """The processors that this process may use, and the seconds that they have computed since the machine started.
+
+    `running` threads of the whole machine compute or could at this moment, the one that asks among them.
+    """
 
     count: int
     busy_s: float
+    running: int
 
 
 def free_memory_bytes() -> int:
@@ -67,11 +71,12 @@ def cores() -> Cores | None:
     if sys.platform == "darwin":
         return None
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    fields = [line.split() for line in (_text(_STAT) or "").splitlines() if line.startswith("cpu")]
-    found = [[int(ticks) for ticks in times] for name, *times in fields if name in names]
+    lines = [line for line in (_text(_STAT) or "").splitlines() if line.startswith(("cpu", "procs_running"))]
+    fields = {name: numbers for name, *numbers in map(str.split, lines)}
+    found = [[int(ticks) for ticks in fields[name]] for name in fields.keys() & names]
     polite = os.nice(0) > 0
     busy = sum(user + nice * polite + system + irq + softirq for user, nice, system, _, _, irq, softirq, *_ in found)
-    return Cores(len(found), busy / os.sysconf("SC_CLK_TCK")) if found else None
+    return Cores(len(found), busy / os.sysconf("SC_CLK_TCK"), int(fields["procs_running"][0])) if found else None
 
 
 def yielding_children_s() -> float:

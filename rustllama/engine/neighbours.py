@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from rustllama.engine.machine import Cores, cores, yielding_children_s
 
+_RECENT = 2  # periods: after a longer rest, who computed meanwhile may have ended, and only who does so now counts
+
 
 class Neighbours:
     """Where the system tells nothing, there are none."""
@@ -52,4 +54,6 @@ class Neighbours:
             yielding_s = max(0.0, self._yielding_then_s - yielding_before_s)
             others_s = self._seen.busy_s - before.busy_s - (self._own_then_s - own_before_s) - yielding_s
             self.busy = max(0.0, others_s / (now_s - self._then_s))
+            if now_s - self._then_s > _RECENT * self._period_s:
+                self.busy = min(self.busy, self._seen.running - 1)
         self._then_s = now_s
