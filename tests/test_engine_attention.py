@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -18,10 +17,10 @@ from rustllama.engine.facts import Facts
 from rustllama.engine.native import plain_is_faster
 from rustllama.engine.native.attention import attention_ms
 from rustllama.errors import OutOfMemory
-from rustllama.registry import Registry
 from rustllama.settings import Settings
 from tests.test_engine_lane import N_CTX, SLOTS, ask, last, record
-from tests.test_registry import NOWHERE
+
+T = TypeVar("T")
 
 # Milliseconds of a prompt's call and of a decode call, on two cores: with flash attention, and without.
 XEON_64 = (5.7, 9.2), (2.6, 0.57)  # heads of 64 channels, shorter than a vector of this processor
@@ -88,25 +87,38 @@ def test_heads_that_no_model_has_are_not_measured(toys: dict[str, Path], changes
     assert Heads.of(replace(info, **changes)) is None
 
 
-def test_what_a_machine_prefers_is_measured_once(
-    tmp_path: Path, toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verdicts = [True]
-    monkeypatch.setattr("rustllama.engine.engine.plain_is_faster", lambda info, **_: verdicts.pop())
-    with closing(Registry(tmp_path / "rustllama.db", bundled=NOWHERE)) as registry:
-        for _ in range(2):
-            engines = LlamaEngines(Settings(num_thread=1), Facts(registry))
-            assert engines.prefers_plain_attention(record(toys["llama"]), LoadOptions())
-    assert not verdicts
+class Remembered(Facts):
+    """In memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[tuple[str, str], Any] = {}
+
+    def get(self, digest: str, name: str, kind: type[T]) -> T | None:
+        return self.values.get((digest, name))
+
+    def keep(self, digest: str, name: str, value: object) -> None:
+        self.values[digest, name] = value
+
+
+def prefers_plain_attention(path: Path, facts: Facts, flash_attention: str = "auto") -> bool:
+    settings = Settings(num_thread=1, flash_attention=flash_attention)
+    return LlamaEngines(settings, facts).prefers_plain_attention(record(path), LoadOptions())
+
+
+def test_what_a_machine_prefers_is_measured_once(toys: dict[str, Path]) -> None:
+    facts = Remembered()
+    measured = prefers_plain_attention(toys["llama"], facts)
+    assert list(facts.values.values()) == [measured]
+    facts.values = dict.fromkeys(facts.values, not measured)
+    assert prefers_plain_attention(toys["llama"], facts) is not measured
 
 
 @pytest.mark.parametrize("setting", ["on", "off"])
-def test_a_setting_leaves_nothing_to_measure(
-    toys: dict[str, Path], setting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("rustllama.engine.engine.plain_is_faster")
-    engines = LlamaEngines(Settings(num_thread=1, flash_attention=setting))
-    assert not engines.prefers_plain_attention(record(toys["llama"]), LoadOptions())
+def test_a_setting_leaves_nothing_to_measure(toys: dict[str, Path], setting: str) -> None:
+    facts = Remembered()
+    assert not prefers_plain_attention(toys["llama"], facts, setting)
+    assert facts.values == {}
 
 
 def test_every_context_of_an_engine_attends_as_planned_where_memory_is_there(toys: dict[str, Path]) -> None:
