@@ -81,7 +81,8 @@ class LlamaEngines:
         shared, settings = self._shared, self._shared.settings
         if settings.flash_attention != "auto" or _num_gpu(record, options, settings):
             return False
-        kind, n_threads = settings.kv_cache_type, _num_thread(options, settings)
+        kind = settings.kv_cache_type
+        n_threads = min(_num_thread(options, settings), physical_cores())  # more wait for each other, for ever so long
         name = f"plain_attention {_machine(n_threads)} kv_cache_type={kind}"
         known = shared.facts.get(record.digest, name, bool)
         if known is None:
