@@ -20,7 +20,8 @@ _SYSTEM, _NICE = 12, 16  # of the fields of /proc/PID/stat behind the name (proc
 class Cores:
     """The processors that this process may use, and the seconds that they have computed since the machine started.
 
-    `running` threads of the whole machine compute or could at this moment, the one that asks among them.
+    `running` threads of the whole machine compute or could at this moment, the one that asks among them. Where the
+    system does not tell, they are more than there can be.
     """
 
     count: int
@@ -76,7 +77,8 @@ def cores() -> Cores | None:
     found = [[int(ticks) for ticks in fields[name]] for name in fields.keys() & names]
     polite = os.nice(0) > 0
     busy = sum(user + nice * polite + system + irq + softirq for user, nice, system, _, _, irq, softirq, *_ in found)
-    return Cores(len(found), busy / os.sysconf("SC_CLK_TCK"), int(fields["procs_running"][0])) if found else None
+    running = int(fields.get("procs_running", [sys.maxsize])[0])
+    return Cores(len(found), busy / os.sysconf("SC_CLK_TCK"), running) if found else None
 
 
 def yielding_children_s() -> float:

@@ -55,5 +55,5 @@ class Neighbours:
             others_s = self._seen.busy_s - before.busy_s - (self._own_then_s - own_before_s) - yielding_s
             self.busy = max(0.0, others_s / (now_s - self._then_s))
             if now_s - self._then_s > _RECENT * self._period_s:
-                self.busy = min(self.busy, self._seen.running - 1)
+                self.busy = min(self.busy, max(0, self._seen.running - 1))
         self._then_s = now_s
