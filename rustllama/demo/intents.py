@@ -17,7 +17,7 @@ class Intent:
     answer: str
 
 
-UNKNOWN = "I do not know that. I am only a tiny demo model; register a real GGUF with `rustllama create NAME PATH`."
+UNKNOWN = "I do not know that. I am only a tiny demo model; `rustllama pull --help` tells how to get a real one."
 
 # fmt: off
 VERBS_AND_ENDPOINTS: tuple[Intent, ...] = (
@@ -36,8 +36,8 @@ VERBS_AND_ENDPOINTS: tuple[Intent, ...] = (
         "`rustllama show NAME` prints the details of a model. Type `/show` in the console, or POST /api/show "
         "over HTTP."),
     Intent("rm", "How to delete a model from rustllama, and what happens to its file.",
-        '`rustllama rm NAME`, or DELETE /api/delete with {"name": "NAME"}. Only the name goes; your GGUF '
-        "file stays."),
+        '`rustllama rm NAME`, or DELETE /api/delete with {"name": "NAME"}. Your own GGUF file stays; one that '
+        "was pulled is deleted."),
     Intent("ps", "Which models are loaded in memory at the moment.",
         "`rustllama ps` shows the models that are in memory now. Over HTTP: GET /api/ps."),
     Intent("stop", "How to unload a model from memory at once.",
@@ -63,6 +63,13 @@ VERBS_AND_ENDPOINTS: tuple[Intent, ...] = (
         "GET /v1/models lists the registered models in OpenAI's format."),
     Intent("ollama_client", "How to use Ollama's client library with rustllama.",
         'Give the Ollama client host="http://localhost:11435", or set OLLAMA_HOST to that address.'),
+    Intent("doctor", "What this machine has and could run, and what is wrong with the installation.",
+        "`rustllama doctor` tells what this machine has, which size of model fits, how fast it would be, and "
+        "what is wrong."),
+    Intent("api_key", "How to let only those with an API key use the server.",
+        "`rustllama key add NAME` prints a key, once. Clients send it as `Authorization: Bearer KEY`."),
+    Intent("metrics", "How to watch the server over time: Prometheus, Grafana.",
+        "GET /metrics has them for Prometheus. A dashboard for Grafana is in `deploy/`."),
 )
 
 REQUESTS: tuple[Intent, ...] = (
@@ -118,13 +125,16 @@ ERRORS: tuple[Intent, ...] = (
         "rustllama has no option of that name, so it was ignored. The warning suggests the right spelling."),
     Intent("no_server", "What 'connection refused' means when using the API or a command.",
         "No server is running at that address. Start one with `rustllama serve`, then try again."),
+    Intent("pull_again", "What to do when a pull was interrupted.",
+        "Run the same `rustllama pull` again: it goes on where it stopped, and nothing is fetched twice."),
 )
 
 SETUP: tuple[Intent, ...] = (
     Intent("files", "Where rustllama keeps its database and other files, and how to move them.",
         "The database is in the state folder of your system, or in the folder that RUSTLLAMA_HOME names."),
     Intent("get_model", "Where to get a real, bigger model.",
-        "Download a GGUF, for example from Hugging Face, then run `rustllama create NAME PATH`."),
+        "`rustllama pull hf.co/bartowski/Llama-3.2-3B-Instruct-GGUF llama3.2` fetches one; then "
+        "`rustllama run llama3.2`."),
     Intent("gpu", "How to use a graphics card.",
         'Rebuild with `CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir '
         "llama-cpp-python` for an NVIDIA card."),

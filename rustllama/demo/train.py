@@ -48,7 +48,7 @@ class Recipe:
 
     phases: tuple[Phase, ...] = (
         Phase(steps=2_800, learning_rate=3e-3, echoes=0.5, echo_pools=60, chatter=0.0),
-        Phase(steps=4_900, learning_rate=2.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
+        Phase(steps=5_600, learning_rate=2.5e-3, echoes=0.0, echo_pools=0, chatter=0.4),
     )
     batch_tokens: int = 4_096
     warmup_steps: int = 100
