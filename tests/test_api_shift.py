@@ -112,5 +112,5 @@ def test_the_bundled_model_ends_its_sentence_when_the_turn_before_has_left_its_c
 
     whole, shifted = reply(512), reply(52)
     assert (whole["warnings"], shifted["done_reason"]) == ([], "stop")
-    assert shifted["warnings"] == ["14 tokens were dropped to go on in a context of 52"]
+    assert shifted["warnings"] == ["15 tokens were dropped to go on in a context of 52"]
     assert shifted["message"] == whole["message"]
