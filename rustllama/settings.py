@@ -174,7 +174,7 @@ class Settings:
         "threads of llama.cpp, fewer where others compute; default: the physical cores this process may use",
     )
     num_batch: int = _setting(
-        _whole(1, 8192), 256, "tokens of the largest prompt call; more only makes it slower, but on a GPU"
+        _whole(1, 8192), 256, "tokens of the largest prompt call; without a GPU, more is no faster"
     )
     num_gpu: int = _setting(_whole(-1, 1024), -1, "layers on the GPU; -1: all that fit")
     use_mmap: bool = _setting(_yes, True, "map the weights instead of reading them")
