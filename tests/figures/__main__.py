@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
-import msgspec
 
 from tests.figures import crowds, pulls, shapes, trees, turns
 
@@ -32,10 +32,10 @@ def _shapes(model: Path, rounds: int, streams: str) -> None:
     shapes.measure(model, [int(count) for count in streams.split(",")], rounds)
 
 
-@figures.command("curve", help="Milliseconds of bare decode calls by their rows, as JSON.")
+@figures.command("calls", hidden=True, help=shapes.answer_calls.__doc__)
 @_MODEL
-def _curve(model: Path) -> None:
-    click.echo(msgspec.json.encode(shapes.curve(model)))
+def _calls(model: Path) -> None:
+    shapes.answer_calls(model, sys.stdin, click.echo)
 
 
 @figures.command("retained", help=crowds.retained.__doc__)
