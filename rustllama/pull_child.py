@@ -25,7 +25,6 @@ from rustllama.pull.web import Web
 from rustllama.rlimits import give_way
 
 _NICE = 19
-_LOOK_EVERY_S = 0.2  # whether others compute
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
 
 def _pulled(order: Order) -> Message:
     web = Web(public_only=order.public_only)
-    pauses = Pauses(rest_s=Pace(Neighbours(period_s=_LOOK_EVERY_S).free).rest_s)
+    pauses = Pauses(rest_s=Pace(Neighbours().free).rest_s)
     try:
         source = parse(order.source, registry=order.registry)
         return Message(fetched=Pulling(Store(Path(order.folder)), web, _tell, pauses=pauses).run(source))

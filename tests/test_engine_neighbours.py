@@ -103,6 +103,15 @@ def test_nothing_is_judged_by_a_moment() -> None:
     assert neighbours.leave(4) == 4
 
 
+def test_who_has_ended_takes_cores_no_longer_than_a_glance() -> None:
+    machine = Machine()
+    neighbours = machine.neighbours()
+    machine.pass_by(1, own=1, others=3)
+    assert neighbours.leave(4) == 1
+    machine.pass_by(0.2, own=1, others=0)
+    assert neighbours.leave(4) == 4
+
+
 def test_where_the_system_tells_nothing_all_threads_compute() -> None:
     neighbours = Neighbours(lambda: None, now_s=iter(range(100)).__next__)
     assert [neighbours.leave(8) for _ in range(3)] == [8, 8, 8]

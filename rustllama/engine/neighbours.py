@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from rustllama.engine.machine import Cores, cores, yielding_children_s
 
-_RECENT = 2  # periods: after a longer rest, who computed meanwhile may have ended, and only who does so now counts
+_PERIOD_S = 0.2  # shorter, and the kernel's hundredths of a second tell too little
+_RECENT_S = 2  # after a longer rest, who computed meanwhile may have ended, and only who does so now counts
 
 
 class Neighbours:
@@ -24,14 +25,11 @@ class Neighbours:
         own_s: Callable[[], float] = time.process_time,
         yielding_s: Callable[[], float] = yielding_children_s,
         now_s: Callable[[], float] = time.monotonic,
-        period_s: float = 1.0,
     ) -> None:
         """`own_s` is the CPU time of this process, `yielding_s` what `look` counts of others and is no reason to leave
-        cores: it falls when one of them ends. They are asked every `period_s`; the kernel counts in hundredths of a
-        second.
+        cores: it falls when one of them ends.
         """
         self._look, self._own_s, self._yielding_s, self._now_s = look, own_s, yielding_s, now_s
-        self._period_s = period_s
         self._seen = look()
         self._own_then_s, self._yielding_then_s, self._then_s = own_s(), yielding_s(), now_s()
         self.busy = 0.0
@@ -43,7 +41,7 @@ class Neighbours:
     def free(self) -> float:
         """Cores that others do not compute on; infinity where the system tells nothing."""
         now_s = self._now_s()
-        if now_s - self._then_s >= self._period_s:
+        if now_s - self._then_s >= _PERIOD_S:
             self._count(now_s)
         return math.inf if self._seen is None else self._seen.count - self.busy
 
@@ -54,6 +52,6 @@ class Neighbours:
             yielding_s = max(0.0, self._yielding_then_s - yielding_before_s)
             others_s = self._seen.busy_s - before.busy_s - (self._own_then_s - own_before_s) - yielding_s
             self.busy = max(0.0, others_s / (now_s - self._then_s))
-            if now_s - self._then_s > _RECENT * self._period_s:
+            if now_s - self._then_s > _RECENT_S:
                 self.busy = min(self.busy, max(0, self._seen.running - 1))
         self._then_s = now_s
