@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
+import llama_cpp
 import pytest
 
 from rustllama.core import SamplingParams
+from rustllama.engine.native import Context, Model, Sampler
 from rustllama.engine.sampling import chain, penalized_tokens
 
 
@@ -40,3 +45,19 @@ def test_penalties_look_back_within_the_context(last_n: int, expected: int) -> N
 
 def test_without_a_penalty_no_tokens_are_remembered() -> None:
     assert penalized_tokens(SamplingParams(repeat_last_n=64), 500) == 0
+
+
+def test_the_likeliest_token_is_llama_cpps(toys: dict[str, Path]) -> None:
+    prompt = range(5, 13)
+    with (
+        closing(Model(str(toys["llama"]))) as model,
+        closing(Context(model, n_ctx=256, n_slots=1, n_batch=32, n_threads=1)) as context,
+        closing(
+            Sampler(chain(SamplingParams(temperature=0), vocabulary_size=model.n_vocab, context_length=256))
+        ) as greedy,
+    ):
+        context.decode(prompt, range(len(prompt)), [0] * len(prompt), True)
+        rows = range(len(prompt))
+        found = [context.sample(greedy, row) for row in rows]
+        assert found == [llama_cpp.llama_sampler_sample(greedy.handle, context._context, row) for row in rows]
+    assert len(set(found)) > 1

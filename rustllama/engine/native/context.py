@@ -86,12 +86,18 @@ class Context:
 
     def sample(self, sampler: Sampler, row: int) -> int:
         """Draws from the logits of a row of the last call that asked for them, and accepts the token."""
+        if sampler.is_greedy:
+            return int(self._row(row).argmax())
         return int(llama_cpp.llama_sampler_sample(sampler.handle, self._context, row))
 
     def logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """A copy of the row's logits, (n_vocab,) float32."""
+        return self._row(row).copy()
+
+    def _row(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Valid until the next call."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,))
 
     def abort(self) -> None:
         """Ends the call that runs, from any thread; only for a prompt call that carries one sequence alone."""
