@@ -85,19 +85,41 @@ def test_every_size_is_measured_until_all_are_known() -> None:
     seen = []
     while rows := cost.wanted:
         seen.append(rows)
-        cost.measured(rows, 100.0 * rows + len(seen))
+        cost.measured(rows, 1000.0 * rows + len(seen))
     assert seen == [1, 2, 4, 8, 16, 3, 5] * 3, "calls with drafts may have more rows than there are slots"
-    assert cost.ms[:6] == [0, 101, 202, 306, 403, 507], "the fastest of three"
+    assert cost.ms[:6] == [0, 1001, 2002, 3006, 4003, 5007], "the fastest of three"
 
 
-def test_a_size_that_seems_dearer_than_a_larger_one_is_measured_more_often() -> None:
+def test_what_no_other_try_confirms_is_not_believed_but_measured_again() -> None:
     cost = DecodeCost(4, may_draft=False)
+    disturbed = iter([1000.0, 700.0, 900.0])
     seen = []
     while rows := cost.wanted:
+        assert not cost.ms[2]
         seen.append(rows)
-        cost.measured(rows, 1000.0 if rows == 2 and seen.count(2) < 4 else 100.0 * rows)
-    assert seen.count(2) == 4
-    assert cost.ms[2] == 200, "three disturbed measures are not believed"
+        cost.measured(rows, next(disturbed, 200.0) if rows == 2 else 100.0 * rows)
+    assert seen.count(2) == 5, "three that were disturbed, and two that agree"
+    assert cost.ms[2] == 200
+
+
+def test_where_no_two_tries_agree_the_fastest_of_eight_is_believed() -> None:
+    cost = DecodeCost(2, may_draft=False)
+    tries = 0
+    while rows := cost.wanted:
+        tries += rows == 2
+        cost.measured(rows, 1000.0 - 100 * tries)
+    assert tries == 8
+    assert cost.ms[2] == 200
+
+
+def test_calls_that_serve_somebody_are_measures_too() -> None:
+    cost = DecodeCost(4)
+    cost.observe(3, depth=10, ms=90)
+    assert not cost.ms[3], "one alone may have been disturbed"
+    cost.observe(3, depth=10, ms=60)
+    assert not cost.ms[3]
+    cost.observe(3, depth=10, ms=62)
+    assert cost.ms[3] == 60
 
 
 def test_what_a_disturbance_made_dear_is_soon_believed_to_be_cheap() -> None:
@@ -174,9 +196,9 @@ def test_what_was_known_is_measured_once_more() -> None:
     seen = []
     while rows := cost.wanted:
         seen.append(rows)
-        cost.measured(rows, 5.0)
-    assert seen == [1, 2, 4, 8, 16]
-    assert cost.ms[16] == 5, "a disturbed measure is not for ever"
+        cost.measured(rows, 5.0 if rows == 16 else 200.0)
+    assert seen == [1, 2, 4, 8, 16, 16], "what comes out faster needs another one that agrees"
+    assert [cost.ms[rows] for rows in (1, 2, 4, 8, 16)] == [10, 20, 40, 80, 5], "a disturbed measure is not for ever"
 
 
 def test_sizes_that_only_drafts_would_have_are_measured_for_drafts_only() -> None:

@@ -6,6 +6,7 @@ for many, and which of them is the cheapest per row differs by quantization and 
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,8 +16,8 @@ _SHALLOW = 256  # tokens; deeper, a decode call's time tells more about attentio
 DRAFT_ROWS = 16  # of one sequence in a call, at most
 _DRAFTS = (1, 3, 7, 15)  # that a sequence may carry: with its token, sizes that every kernel likes
 _FEWEST_TO_CHOOSE = 2  # sizes of calls
-_TRIES = 3  # apart in time: a neighbour on the machine disturbs all that it meets
-_TRIES_OF_DOUBTFUL = 5
+_TRIES, _MOST_TRIES = 3, 8  # apart in time: a neighbour on the machine disturbs all that it meets
+_AGREE = 1.05  # of the fastest try: so near has another one to come
 _CORRECTION = 0.05  # upwards: what is slower may have been disturbed
 _RELIEF = 0.5  # downwards: nothing makes a call faster than it is
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
@@ -48,14 +49,14 @@ class DecodeCost:
     ms: list[float] = field(default_factory=list)
     may_draft: bool = True
     complete: Callable[[list[float]], None] = lambda ms: None  # gets `ms` when all that is wanted was measured
-    _tries: dict[int, int] = field(default_factory=dict)  # how often each was measured; what was known counts as well
+    _tries: dict[int, list[float]] = field(default_factory=dict)  # what was measured, the fastest first
     _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
     _moved: float = 0.0  # share by which `ms` changed since the splits were chosen
 
     def __post_init__(self) -> None:
         most = max(self.slots, DRAFT_ROWS)
         self.ms = (self.ms + [0.0] * (most + 1))[: most + 1]
-        self._tries = {rows: _TRIES - 1 if ms else 0 for rows, ms in enumerate(self.ms)}
+        self._tries = {rows: [ms] * (_TRIES - 1) if ms else [] for rows, ms in enumerate(self.ms)}
 
     @property
     def wanted(self) -> int | None:
@@ -64,26 +65,28 @@ class DecodeCost:
         useful = drafts.union(range(1, self.slots + 1))
         if not self.slots or len(useful) < _FEWEST_TO_CHOOSE:
             return None
-        wanted = [rows for rows in useful if self._tries[rows] < self._enough(rows)]
-        return min(wanted, key=lambda rows: (self._tries[rows], rows.bit_count(), rows), default=None)
+        wanted = [rows for rows in useful if not self._is_sure(rows)]
+        return min(wanted, key=lambda rows: (len(self._tries[rows]), rows.bit_count(), rows), default=None)
 
     def measured(self, rows: int, ms: float) -> None:
-        """Of a call on empty sequences: the fastest of several is the true one, the others were disturbed."""
-        self.ms[rows] = min(ms, self.ms[rows] or ms)
-        self._tries[rows] += 1
-        self._splits.clear()
+        """Of a call on empty sequences."""
+        self._try(rows, ms)
         if self.wanted is None:
             self.complete(self.ms)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call that served somebody, at this mean depth in tokens."""
-        if depth < _SHALLOW and rows < len(self.ms):
-            before = self.ms[rows] or ms
-            self.ms[rows] = before + (_CORRECTION if ms > before else _RELIEF) * (ms - before)
-            self._moved += abs(self.ms[rows] / before - 1)
-            if self._moved > _ENOUGH_TO_CHOOSE_AGAIN or before == ms:
-                self._moved = 0.0
-                self._splits.clear()
+        if depth >= _SHALLOW or rows >= len(self.ms):
+            return
+        before = self.ms[rows]
+        if not before:
+            self._try(rows, ms)
+            return
+        self.ms[rows] = before + (_CORRECTION if ms > before else _RELIEF) * (ms - before)
+        self._moved += abs(self.ms[rows] / before - 1)
+        if self._moved > _ENOUGH_TO_CHOOSE_AGAIN:
+            self._moved = 0.0
+            self._splits.clear()
 
     def of_drafts(self, sequences: int, scratch: int = 0) -> tuple[tuple[int, float], ...]:
         """For each number of tokens that so many sequences may draft: the cost of their call, as a multiple of the one
@@ -103,11 +106,24 @@ class DecodeCost:
             self._splits[key] = self._cheapest(rows, scratch)
         return self._splits[key]
 
-    def _enough(self, rows: int) -> int:
-        """Tries. A call dearer than a larger one is what some kernels have, and what a disturbance looks like; believed
-        wrongly, it would never be made again and so never be corrected.
+    def _try(self, rows: int, ms: float) -> None:
+        """The fastest of several is the true one, the others were disturbed. One alone is not believed: what is taken
+        for dear is never called again, and would never be corrected.
         """
-        return _TRIES_OF_DOUBTFUL if any(0 < ms < self.ms[rows] for ms in self.ms[rows + 1 :]) else _TRIES
+        tries = self._tries[rows]
+        insort(tries, ms)
+        if self._agree(rows) or len(tries) >= _MOST_TRIES:
+            self.ms[rows] = min(tries[0], self.ms[rows] or tries[0])
+            self._splits.clear()
+
+    def _is_sure(self, rows: int) -> bool:
+        tries = len(self._tries[rows])
+        return tries >= _MOST_TRIES or (tries >= _TRIES and self._agree(rows))
+
+    def _agree(self, rows: int) -> bool:
+        """Whether the two fastest tries do: two that were disturbed hardly ever took the same time."""
+        tries = self._tries[rows]
+        return len(tries) > 1 and tries[1] < _AGREE * tries[0]
 
     def _cheapest(self, rows: int, scratch: int) -> Split:
         """Over all ways to cut `rows` into calls; only the last call's rows have empty slots beside them."""
