@@ -167,6 +167,7 @@ class EngineState:
     cells: int = 0  # tokens that the KV caches of all slots hold
     cells_used: int = 0
     decode_ms: tuple[float, ...] = ()  # of a call by its rows, from none on; 0: not measured yet
+    unmeasured: int = 0  # sizes of decode calls that are to be measured, or once more
 
 
 class Engine(Protocol):

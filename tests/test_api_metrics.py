@@ -216,9 +216,9 @@ def test_a_real_engine_tells_what_its_calls_cost_once_it_has_rested(tmp_path: Pa
     registry.put(examine("toy", toys["llama"]))
     app = create_app(Settings(home=tmp_path, num_ctx=512, slots=2, num_thread=1), registry=registry)
     ok(ended(app.test_client().post("/api/generate", json={"model": "toy"})))
+    unmeasured = "rustllama_unmeasured_decode_calls"
     with gevent.Timeout(30):
-        while 'rows="16"' not in (text := app.test_client().get("/metrics").text):
+        while (found := Scrape(app.test_client().get("/metrics").text)).value(unmeasured, model="toy"):
             gevent.sleep(0.05)
-    found = Scrape(text)
     assert all(found.value("rustllama_decode_call_seconds", model="toy", rows=str(rows)) > 0 for rows in (1, 2, 16))
     app.test_client().post("/api/chat", json={"model": "toy", "keep_alive": 0})

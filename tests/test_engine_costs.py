@@ -83,7 +83,8 @@ def test_a_deep_call_tells_nothing_about_its_rows() -> None:
 def test_every_size_is_measured_until_all_are_known() -> None:
     cost = DecodeCost(5)
     seen = []
-    while rows := cost.wanted:
+    while wanted := cost.wanted:
+        rows = wanted[0]
         seen.append(rows)
         cost.measured(rows, 1000.0 * rows + len(seen))
     assert seen == [1, 2, 4, 8, 16, 3, 5] * 3, "calls with drafts may have more rows than there are slots"
@@ -94,7 +95,8 @@ def test_what_no_other_try_confirms_is_not_believed_but_measured_again() -> None
     cost = DecodeCost(4, may_draft=False)
     disturbed = iter([1000.0, 700.0, 900.0])
     seen = []
-    while rows := cost.wanted:
+    while wanted := cost.wanted:
+        rows = wanted[0]
         assert not cost.ms[2]
         seen.append(rows)
         cost.measured(rows, next(disturbed, 200.0) if rows == 2 else 100.0 * rows)
@@ -105,7 +107,8 @@ def test_what_no_other_try_confirms_is_not_believed_but_measured_again() -> None
 def test_where_no_two_tries_agree_the_fastest_of_eight_is_believed() -> None:
     cost = DecodeCost(2, may_draft=False)
     tries = 0
-    while rows := cost.wanted:
+    while wanted := cost.wanted:
+        rows = wanted[0]
         tries += rows == 2
         cost.measured(rows, 1000.0 - 100 * tries)
     assert tries == 8
@@ -194,7 +197,8 @@ def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:
 def test_what_was_known_is_measured_once_more() -> None:
     cost = DecodeCost(1, [0, 10, 20, 0, 40, 0, 0, 0, 80, *[0] * 7, 160])
     seen = []
-    while rows := cost.wanted:
+    while wanted := cost.wanted:
+        rows = wanted[0]
         seen.append(rows)
         cost.measured(rows, 5.0 if rows == 16 else 200.0)
     assert seen == [1, 2, 4, 8, 16, 16], "what comes out faster needs another one that agrees"
@@ -202,10 +206,11 @@ def test_what_was_known_is_measured_once_more() -> None:
 
 
 def test_sizes_that_only_drafts_would_have_are_measured_for_drafts_only() -> None:
-    assert DecodeCost(1, may_draft=False).wanted is None, "there is nothing to choose"
+    assert DecodeCost(1, may_draft=False).wanted == [], "there is nothing to choose"
     cost = DecodeCost(3, may_draft=False)
     seen = set()
-    while rows := cost.wanted:
+    while wanted := cost.wanted:
+        rows = wanted[0]
         seen.add(rows)
         cost.measured(rows, 1.0)
     assert seen == {1, 2, 3}

@@ -33,6 +33,7 @@ _STATES: tuple[tuple[str, str, Callable[[EngineState], int]], ...] = (
     ("kv_cache_cells", "Tokens that the slots can hold.", lambda state: state.cells),
     ("kv_cache_used_cells", "Tokens that the slots hold.", lambda state: state.cells_used),
     ("model_memory_bytes", "Memory of weights, KV cache and buffers.", lambda state: state.size_bytes),
+    ("unmeasured_decode_calls", "Sizes of decode calls to be measured in a rest.", lambda state: state.unmeasured),
 )
 _TOTALS: tuple[tuple[str, str, tuple[str, ...], Callable[[ModelTally], Numbers]], ...] = (
     (

@@ -59,19 +59,19 @@ class DecodeCost:
         self._tries = {rows: [ms] * (_TRIES - 1) if ms else [] for rows, ms in enumerate(self.ms)}
 
     @property
-    def wanted(self) -> int | None:
-        """How many rows to measure next; powers of two come first, as the cheapest calls are mostly made of them."""
+    def wanted(self) -> list[int]:
+        """How many rows to measure, the next first: powers of two, as the cheapest calls are mostly made of them."""
         drafts = {1 + count for count in _DRAFTS} if self.may_draft else set()
         useful = drafts.union(range(1, self.slots + 1))
         if not self.slots or len(useful) < _FEWEST_TO_CHOOSE:
-            return None
-        wanted = [rows for rows in useful if not self._is_sure(rows)]
-        return min(wanted, key=lambda rows: (len(self._tries[rows]), rows.bit_count(), rows), default=None)
+            return []
+        unsure = [rows for rows in useful if not self._is_sure(rows)]
+        return sorted(unsure, key=lambda rows: (len(self._tries[rows]), rows.bit_count(), rows))
 
     def measured(self, rows: int, ms: float) -> None:
         """Of a call on empty sequences."""
         self._try(rows, ms)
-        if self.wanted is None:
+        if not self.wanted:
             self.complete(self.ms)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:

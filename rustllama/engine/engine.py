@@ -184,6 +184,7 @@ class LlamaEngine:
             cells=sum(lane.shape.n_ctx * lane.shape.n_slots for lane in self._lanes),
             cells_used=sum(lane.cells_used for lane in self._lanes),
             decode_ms=self._lanes[0].decode_ms,
+            unmeasured=self._lanes[0].unmeasured,
         )
 
     def end_all(self, reason: RustllamaError) -> None:

@@ -99,6 +99,10 @@ class Lane:
         return tuple(self._scheduler.decode_cost.ms)
 
     @property
+    def unmeasured(self) -> int:
+        return len(self._scheduler.decode_cost.wanted)
+
+    @property
     def cells_used(self) -> int:
         return sum(sequence.computed for sequence in self._scheduler.slots if sequence is not None)
 
@@ -233,20 +237,20 @@ class Lane:
         """Waits for work. If none comes for a while, decode calls are measured; who comes then waits for one."""
         self.idle_since_s = time.monotonic()
         cost, patience_s, spent_ms = self._scheduler.decode_cost, _PATIENCE_S, 0.0
-        while rows := cost.wanted:
+        while wanted := cost.wanted:
             if spent_ms > _MEASURING_MS or self._work.wait(patience_s):
                 break
             if self._turns.holder is not None:
                 patience_s = _PATIENCE_S
                 continue
             with self._turn():
-                timing = self._native.call(self._runner.measure, rows)
+                timing = self._native.call(self._runner.measure, wanted[0])
             spent_ms += timing.ms
             if timing.crowded:
                 patience_s = max(_PATIENCE_S, 2 * patience_s)  # others compute, and may do so for long
             else:
                 patience_s = 0.0
-                cost.measured(rows, timing.ms)
+                cost.measured(wanted[0], timing.ms)
         self._work.wait()
 
     def _fetch(self, fetch: Fetch) -> None:
