@@ -11,6 +11,7 @@ from rustllama import gguf
 from rustllama.bench.report import Figures, figures
 from rustllama.bench.trace import Trace
 from rustllama.core import SamplingParams
+from rustllama.engine import attention
 from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import Context, Model, Sampler, gpu_layers, plain_is_faster
 from rustllama.engine.sampling import chain
@@ -35,8 +36,8 @@ class BareLoop:
         layers = gpu_layers(info, settings.num_gpu)
         self._model = Model(str(path), num_gpu=layers, use_mmap=settings.use_mmap)
         self._batch, numbers = settings.num_batch, settings.kv_cache_type
-        leaves_open = settings.flash_attention == "auto" and not layers
-        plain = leaves_open and plain_is_faster(info, n_threads=n_threads, kv_cache_type=numbers)
+        is_open = attention.is_open(settings.flash_attention, layers)
+        plain = is_open and plain_is_faster(info, n_threads=n_threads, kv_cache_type=numbers)
         self._context = Context(
             self._model,
             n_ctx=tokens,

@@ -46,6 +46,11 @@ _PROMPT, _DECODE = Call(128, 512, 1), Call(1, 512, 4)
 _PROMPT_TOKENS, _ANSWER_TOKENS = 512, 128  # of a turn of a chat, the new ones
 
 
+def is_open(flash_attention: str, gpu_layers: int) -> bool:
+    """Whether this setting leaves the choice to us: on a GPU, "auto" is llama.cpp's own."""
+    return flash_attention == "auto" and not gpu_layers
+
+
 def prefers_plain(attention_ms: Callable[[Call, bool], float]) -> bool:
     """Whether a turn of a chat spends clearly less time on attention without flash attention.
 

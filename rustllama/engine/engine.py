@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
-from rustllama.engine import memory
+from rustllama.engine import attention, memory
 from rustllama.engine.black_box import BlackBox, Witness
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.disk_store import DiskStore
@@ -79,7 +79,7 @@ class LlamaEngines:
         kept for good, as the two ways round differently.
         """
         shared, settings = self._shared, self._shared.settings
-        if settings.flash_attention != "auto" or _num_gpu(record, options, settings):
+        if not attention.is_open(settings.flash_attention, _num_gpu(record, options, settings)):
             return False
         kind = settings.kv_cache_type
         n_threads = min(_num_thread(options, settings), physical_cores())  # more wait for each other, for ever so long
@@ -147,8 +147,8 @@ class LlamaEngine:
         if self._lane_for(num_ctx) is not None:
             return
         n_ctx = memory.padded(min(_power_of_two(num_ctx), self._info.context_length))
-        needed = {attention: self._large_lane_bytes(n_ctx, attention) for attention in self._attentions}
-        fitting = [attention for attention in self._attentions if needed[attention] <= available_bytes]
+        needed = {way: self._large_lane_bytes(n_ctx, way) for way in self._attentions}
+        fitting = [way for way in self._attentions if needed[way] <= available_bytes]
         if not fitting:
             raise OutOfMemory(
                 f"a context of {num_ctx} tokens needs {memory.gib(min(needed.values()))} more memory, and "
