@@ -30,6 +30,13 @@ def test_rates_of_two_streams_that_overlap() -> None:
     assert found.all_tokens_per_s == pytest.approx(9 / 6)
 
 
+def test_the_rate_together_is_that_of_whole_steps() -> None:
+    """The first stream ends with the first token of a step, and the others' tokens of it come later."""
+    one, other = _trace(0, 1, 2, 3, 4), _trace(0, 2.01, 3.01, 4.01, 5.01)
+    assert figures([one, other]).together_tokens_per_s == pytest.approx(2)
+    assert figures([one, _trace(0, 3.5, 4.5)]).together_tokens_per_s is None, "there was no whole step"
+
+
 def test_time_without_a_request_is_not_busy() -> None:
     assert figures([_trace(0, 1, 4), _trace(1, 2, 3), _trace(3, 5, 6), _trace(8, 9)]).busy_s == 7
 

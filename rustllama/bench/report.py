@@ -124,9 +124,9 @@ def _busy_s(done: Sequence[Trace]) -> float:
 def _rate_together(done: Sequence[Trace]) -> float | None:
     begin_s = max((trace.first_s for trace in done), default=math.inf)
     end_s = min((trace.last_s for trace in done), default=-math.inf)
-    if begin_s >= end_s:
-        return None
-    return sum(trace.tokens_between(begin_s, end_s) for trace in done) / (end_s - begin_s)
+    rates = [trace.rate_between(begin_s, end_s) for trace in done]
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) if known and len(known) == len(rates) else None
 
 
 def _percentile(ordered: Sequence[float], percent: float) -> float:

@@ -42,8 +42,14 @@ class Trace:
         times = [when for when, _ in self.arrivals]
         return [later - sooner for sooner, later in itertools.pairwise(times) if after_s <= later and sooner <= until_s]
 
-    def tokens_between(self, after_s: float, until_s: float) -> float:
-        """Tokens that came in (after_s, until_s]. Tokens without text of their own are spread over the arrivals."""
+    def rate_between(self, from_s: float, until_s: float) -> float | None:
+        """Tokens a second from the first arrival within these times to the last one, whole gaps alone: the tokens of a
+        step come a bit apart, and some of them after `until_s`. None where less than a gap lies within.
+
+        Tokens without text of their own are spread over the arrivals.
+        """
+        within = [(when, count) for when, count in self.arrivals if from_s <= when <= until_s]
+        if not within or within[0][0] == within[-1][0]:
+            return None
         seen = sum(count for _, count in self.arrivals)
-        within = sum(count for when, count in self.arrivals if after_s < when <= until_s)
-        return self.tokens * within / seen if seen else 0.0
+        return self.tokens * sum(count for _, count in within[1:]) / seen / (within[-1][0] - within[0][0])
