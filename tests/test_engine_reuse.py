@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import gevent
-import numpy as np
 import pytest
 
 from rustllama import gguf
@@ -26,6 +25,7 @@ from tests.conftest import SHAPES
 from tests.test_engine_lane import N_CTX, SLOTS, _checked, open_engine, record, until_idle
 
 GREEDY = SamplingParams(temperature=0)
+EVEN = 0.001  # of logits around 7; chunks of other sizes change them by up to 0.00004, an f16 cache by 0.005
 SHAPE = Shape("digest", N_CTX, SLOTS, "off", "f32")
 
 
@@ -86,20 +86,23 @@ def assert_a_fresh_engine_agrees(toy: Path, ended: list[Sequence]) -> None:
     given = [tuple(sequence.tokens) for sequence in ended]
     others = [written(engine, replace(sequence.request, num_ctx=N_CTX)) for sequence in ended]
     engine.close()
-    assert all(one == other or are_even(toy, one, other) for one, other in zip(given, others, strict=True))
+    parted = [pair for pair in zip(given, others, strict=True) if pair[0] != pair[1]]
+    uneven = [spread for one, other in parted if (spread := behind_the_best(toy, one, other)) >= EVEN]
+    assert uneven == [], "answers part where one token is clearly better"
 
 
-def are_even(toy: Path, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether the first tokens that differ have the two highest logits, and nearly the same."""
+def behind_the_best(toy: Path, one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """How far the logits of the first tokens that differ are below the highest, computed as the engines do."""
     place = common_prefix(as_tokens(one), as_tokens(other))
     model = Model(str(toy))
-    context = Context(model, n_ctx=N_CTX, n_slots=1, n_batch=N_CTX, n_threads=1, flash_attention="off")
+    context = Context(
+        model, n_ctx=N_CTX, n_slots=1, n_batch=N_CTX, n_threads=1, flash_attention="off", kv_cache_type="f32"
+    )
     context.decode(one[:place], range(place), [0] * place, [row == place - 1 for row in range(place)])
     logits = context.logits(place - 1)
     context.close()
     model.close()
-    best, second = np.argsort(logits)[:-3:-1]
-    return {best, second} == {one[place], other[place]} and bool(logits[best] - logits[second] < 0.001)
+    return float(logits.max() - min(logits[one[place]], logits[other[place]]))
 
 
 def test_a_prompt_takes_over_what_an_earlier_one_had_in_common(llama: LlamaEngine) -> None:
