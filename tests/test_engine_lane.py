@@ -26,6 +26,7 @@ from rustllama.core import (
     SamplingParams,
     Span,
 )
+from rustllama.engine import lane
 from rustllama.engine.batch import Timing
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
@@ -278,6 +279,24 @@ def test_an_idle_engine_that_is_disturbed_measures_ever_more_seldom(
     assert calls[1] - calls[0] > 0.9
     assert calls[2] - calls[1] > 1.8
     assert not any(engine._lanes[0]._scheduler.decode_cost.ms)
+
+
+def test_an_idle_engine_lets_time_pass_between_two_tries_of_the_same_calls(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    def unsteady(_: Runner, rows: int) -> Timing:
+        if rows == 2:
+            tries.append(time.monotonic())
+        return Timing(rows, 0.0, 10**9 >> len(tries) if rows == 2 else 1_000_000)
+
+    monkeypatch.setattr(lane, "_MEASURING_MS", 1e9)
+    monkeypatch.setattr(Runner, "measure", unsteady)
+    with gevent.Timeout(30):
+        while len(tries) < 5:
+            gevent.sleep(0.01)
+    assert tries[4] - tries[3] > 0.9 * lane._PATIENCE_S, "two tries at once"
 
 
 def test_drafts_change_no_answer_whether_they_come_true_or_not(tmp_path: Path) -> None:

@@ -237,20 +237,22 @@ class Lane:
         """Waits for work. If none comes for a while, decode calls are measured; who comes then waits for one."""
         self.idle_since_s = time.monotonic()
         cost, patience_s, spent_ms = self._scheduler.decode_cost, _PATIENCE_S, 0.0
-        while wanted := cost.wanted:
+        while cost.wanted:
             if spent_ms > _MEASURING_MS or self._work.wait(patience_s):
                 break
             if self._turns.holder is not None:
                 patience_s = _PATIENCE_S
                 continue
+            rows = cost.wanted[0]
             with self._turn():
-                timing = self._native.call(self._runner.measure, wanted[0])
+                timing = self._native.call(self._runner.measure, rows)
             spent_ms += timing.ms
             if timing.crowded:
                 patience_s = max(_PATIENCE_S, 2 * patience_s)  # others compute, and may do so for long
             else:
-                patience_s = 0.0
-                cost.measured(wanted[0], timing.ms)
+                cost.measured(rows, timing.ms)
+                # what disturbed the last try would disturb one that follows it at once, and the two would agree
+                patience_s = _PATIENCE_S if cost.wanted[:1] == [rows] else 0.0
         self._work.wait()
 
     def _fetch(self, fetch: Fetch) -> None:
