@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tests.figures import crowds, pulls, shapes, trees, turns
+from tests.figures import crowds, prompts, pulls, shapes, trees, turns
 
 _MODEL = click.argument("model", type=click.Path(exists=True, path_type=Path))
 _ROUNDS = click.option("--rounds", default=5, show_default=True)
@@ -22,6 +22,22 @@ def figures() -> None: ...
 @_ROUNDS
 def _turns(model: Path, rounds: int) -> None:
     turns.measure(model, rounds)
+
+
+@figures.command("shared", help=prompts.shared.__doc__)
+@_MODEL
+@_ROUNDS
+def _shared(model: Path, rounds: int) -> None:
+    prompts.shared(model, rounds)
+
+
+@figures.command("intruder", help=prompts.intruder.__doc__)
+@_MODEL
+@_ROUNDS
+@click.option("--gap-ms", default=200, show_default=True)
+@click.option("--answer-tokens", default=500, show_default=True, help="Of each stream; all have to outlast the prompt.")
+def _intruder(model: Path, rounds: int, gap_ms: int, answer_tokens: int) -> None:
+    prompts.intruder(model, rounds, gap_ms, answer_tokens)
 
 
 @figures.command("shapes", help=shapes.__doc__)
@@ -72,12 +88,12 @@ def _shares(models: tuple[Path, ...]) -> None:
     crowds.shares(list(models))
 
 
-@figures.command("arrivals", help=crowds.arrivals.__doc__)
+@figures.command("arrivals", help=prompts.arrivals.__doc__)
 @_MODEL
-@click.option("--rate", default=1.2, show_default=True)
+@_ROUNDS
 @click.option("--requests", default=60, show_default=True)
-def _arrivals(model: Path, rate: float, requests: int) -> None:
-    crowds.arrivals(model, rate, requests)
+def _arrivals(model: Path, rounds: int, requests: int) -> None:
+    prompts.arrivals(model, rounds, requests)
 
 
 @figures.command("drafting", help=crowds.drafting.__doc__)

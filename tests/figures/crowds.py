@@ -182,18 +182,6 @@ def shares(paths: list[Path], seconds: float = 20) -> None:
         print(f"{path.stem}: {used:.1f} s, a share of {used / sum(spent):.2f}")
 
 
-def arrivals(path: Path, rate: float, requests: int) -> None:
-    """Prompts of 100 tokens that arrive by chance, streams of 100: tokens/s of the bare calls, and gaps."""
-    with serving(path, NUM_CTX="1024", SLOTS=str(SLOTS)) as server:
-        load(server, path, concurrency=SLOTS, requests=SLOTS * 2, prompt_tokens=100, answer_tokens=100)
-        before = compute_s(server, path)
-        found = load(server, path, rate=rate, requests=requests, prompt_tokens=100, answer_tokens=100, warmup=0)
-        calls_s = compute_s(server, path) - before
-    assert found.gap_ms is not None
-    print(f"gap p99 {found.gap_ms.p99:.0f} ms, longest {found.gap_ms.longest:.0f} ms")
-    print(f"{found.busy_s:.1f} s with requests, {calls_s:.1f} s of them in llama.cpp: {calls_s / found.busy_s:.3f}")
-
-
 def drafting(path: Path, rounds: int) -> None:
     """Answers with prompt lookup against answers without: greedy ones of this model, and random ones."""
     ratios: dict[str, list[float]] = {"greedy": [], "random": []}

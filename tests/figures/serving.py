@@ -20,7 +20,7 @@ import requests
 from rustllama import gguf
 from rustllama.bench.compare import let_measure
 from rustllama.bench.load import LoadRun, Plan
-from rustllama.bench.report import Figures
+from rustllama.bench.report import Figures, Intrusion
 from rustllama.client import Client
 from rustllama.engine.native import plain_is_faster
 from tests.conftest import Server, start_server
@@ -100,10 +100,21 @@ def ask(server: Server, model: Path, said: str | list[dict[str, str]], **options
 
 def load(server: Server, model: Path, **plan: Any) -> Figures:
     """A run of `rustllama bench` with that plan."""
-    seed = random.SystemRandom().randrange(1 << 32)
-    found, _ = LoadRun(Plan(url=server.url, seed=seed, model=model.stem, **plan)).measure()
-    assert not found.errors, found.errors
+    return _measure(server, model, plan)[0]
+
+
+def intrude(server: Server, model: Path, tokens: int, **plan: Any) -> Intrusion:
+    """What a prompt of so many tokens met that arrived in a run of `rustllama bench` with that plan."""
+    _, found = _measure(server, model, {"intrude": tokens, **plan})
+    assert found is not None
     return found
+
+
+def _measure(server: Server, model: Path, plan: Mapping[str, Any]) -> tuple[Figures, Intrusion | None]:
+    seed = random.SystemRandom().randrange(1 << 32)  # prompts that the server never saw
+    found, disturbed = LoadRun(Plan(url=server.url, seed=seed, model=model.stem, **plan)).measure()
+    assert not found.errors, found.errors
+    return found, disturbed
 
 
 def words(rng: random.Random, count: int) -> str:
