@@ -12,6 +12,7 @@ import pytest
 from rustllama import gguf
 from rustllama.core import LoadOptions, MemoryPlan
 from rustllama.engine.attention import Call, Heads, prefers_plain
+from rustllama.engine.costs import FLASH_TILE
 from rustllama.engine.engine import LlamaEngines
 from rustllama.engine.facts import Facts
 from rustllama.engine.native import plain_is_faster
@@ -130,6 +131,7 @@ def test_every_context_of_an_engine_attends_as_planned_where_memory_is_there(toy
         engine.reserve(2048, available_bytes=flash_bytes - 1)
     engine.reserve(2048, available_bytes=plain_bytes - 1)
     assert [lane.shape.flash_attention for lane in engine._lanes] == ["off", "off", "auto"]
+    assert [lane._scheduler.prompt_cost.tile for lane in engine._lanes] == [1, 1, FLASH_TILE]
     for num_ctx in (N_CTX, 1024, 2048):
         final = last(engine, ask(1, max_tokens=None, num_ctx=num_ctx))
         assert final.usage is not None

@@ -26,7 +26,7 @@ _SPREAD = 64  # tokens of depth; over less, no slope can be told
 _NEAR = 256  # tokens of depth
 _SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
 _FIRST_CHUNK = 64  # tokens, before anything is known
-_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
+FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
 _BIT_LONGER, _MUCH_LONGER = 1.25, 1.5  # than there is time for
 _MUCH_CHEAPER = 0.5
 
@@ -183,8 +183,12 @@ class _Line:
 
 @dataclass(slots=True)
 class PromptCost:
-    """Milliseconds per row of a prompt call, by its size (powers of two) and by the depth of its rows."""
+    """Milliseconds per row of a prompt call, by its size (powers of two) and by the depth of its rows.
 
+    From `tile` rows of one sequence on, attention has another kernel; 1 where all calls have the same.
+    """
+
+    tile: int = FLASH_TILE
     _lines: dict[int, _Line] = field(default_factory=dict)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
@@ -207,21 +211,22 @@ class PromptCost:
         if not self._lines:
             return min(_FIRST_CHUNK, most)
         best = max(self._fitting(ms, depth, most), default=_SMALLEST_CHUNK)
-        if best < _TILE <= most:
-            small, tile = self._per_row(best, depth), self._per_row(_TILE, depth)
+        if best < self.tile <= most:
+            small, tile = self._per_row(best, depth), self._per_row(self.tile, depth)
             stretch = _MUCH_LONGER if tile <= _MUCH_CHEAPER * small else _BIT_LONGER
-            best = _TILE if _TILE * tile <= stretch * max(ms, best * small) else best
+            best = self.tile if self.tile * tile <= stretch * max(ms, best * small) else best
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
     def _fitting(self, ms: float, depth: float, most: int) -> Iterator[int]:
         """The largest call of each size that takes no longer. Deep in a prompt, less than a tile grows from the
         smallest on: what is known of other depths and of tiles says little about it.
         """
-        tried = depth < _NEAR or any(line.reaches(depth) for size, line in self._lines.items() if not _is_tiled(size))
+        small = (line for size, line in self._lines.items() if not self._is_tiled(size))
+        tried = depth < _NEAR or any(line.reaches(depth) for line in small)
         for bits in range(_SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
             smallest, largest = 1 << (bits - 1), (1 << bits) - 1
             rows = min(int(ms / self._per_row(smallest, depth)), largest)
-            if rows >= smallest and (tried or _is_tiled(bits)):
+            if rows >= smallest and (tried or self._is_tiled(bits)):
                 yield rows
 
     def _per_row(self, rows: int, depth: float) -> float:
@@ -232,7 +237,7 @@ class PromptCost:
         """Of the sizes that were seen: of the same kernel, at about this depth, of about as many rows."""
 
         def distance(seen: int) -> tuple[bool, bool, int, int]:
-            other_kernel = _is_tiled(seen) != _is_tiled(size)
+            other_kernel = self._is_tiled(seen) != self._is_tiled(size)
             return other_kernel, not self._lines[seen].reaches(depth), abs(seen - size), seen
 
         return min(self._lines, key=distance)
@@ -240,10 +245,13 @@ class PromptCost:
     def _slope(self, size: int) -> float:
         """For a size that was seen at one depth only: what tells the next one of its kernel, else of the other."""
         known = {seen: line.slope for seen, line in self._lines.items() if line.slope is not None}
-        nearest = min(known, key=lambda seen: (_is_tiled(seen) != _is_tiled(size), abs(seen - size)), default=None)
+
+        def distance(seen: int) -> tuple[bool, int]:
+            return self._is_tiled(seen) != self._is_tiled(size), abs(seen - size)
+
+        nearest = min(known, key=distance, default=None)
         return 0.0 if nearest is None else known[nearest]
 
-
-def _is_tiled(size: int) -> bool:
-    """Whether all calls of this size (bits of their rows) have the kernel for tiles."""
-    return size >= _TILE.bit_length()
+    def _is_tiled(self, size: int) -> bool:
+        """Whether all calls of this size (bits of their rows) have the kernel for tiles."""
+        return size >= self.tile.bit_length()
