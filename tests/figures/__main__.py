@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tests.figures import crowds, prompts, pulls, shapes, trees, turns
+from tests.figures import crowds, policy, prompts, pulls, shapes, trees, turns
 
 _MODEL = click.argument("model", type=click.Path(exists=True, path_type=Path))
 _ROUNDS = click.option("--rounds", default=5, show_default=True)
@@ -73,6 +73,12 @@ def _adjacent(model: Path, rounds: int) -> None:
 @_ROUNDS
 def _neighbours(model: Path, rounds: int) -> None:
     crowds.neighbours(model, rounds)
+
+
+@figures.command("admission", help=policy.admission.__doc__)
+@_ROUNDS
+def _admission(rounds: int) -> None:
+    policy.admission(rounds)
 
 
 @figures.command("reproducible", help=crowds.reproducible.__doc__)
