@@ -15,7 +15,7 @@ import llama_cpp
 
 from rustllama.engine.native import Context, Model
 from tests.conftest import Server
-from tests.figures.serving import ask, compute_s, load, median, serving, stopped, words
+from tests.figures.serving import ask, attention, compute_s, load, median, serving, stopped, words
 
 CROWD = 8
 SLOTS = 16
@@ -37,12 +37,12 @@ def retained(path: Path, rounds: int, conversations: int = 64) -> None:
 
 
 def adjacent(path: Path, rounds: int, others: int = 100) -> None:
-    """Steps of 16 deep streams after many others came and went, against a bare unified cache."""
+    """Steps of 16 deep streams after many others came and went, against a bare unified cache attending likewise."""
     ratios = []
     answer = 60
     with (
         closing(Model(str(path))) as model,
-        _unified(model) as unified,
+        _unified(model, attention(path)) as unified,
         serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(SLOTS)) as server,
     ):
         for _ in range(rounds):
@@ -69,7 +69,7 @@ def _come_and_go(server: Server, path: Path, count: int) -> None:
 
 
 @contextmanager
-def _unified(model: Model) -> Iterator[Context]:
+def _unified(model: Model, flash_attention: str) -> Iterator[Context]:
     """llama.cpp with one KV cache for all: a bare context whose slots hold deep prompts."""
     make = llama_cpp.llama_init_from_model
 
@@ -79,7 +79,7 @@ def _unified(model: Model) -> Iterator[Context]:
 
     llama_cpp.llama_init_from_model = unified
     try:
-        context = Context(model, n_ctx=_N_CTX, n_slots=SLOTS, n_batch=512, n_threads=2)
+        context = Context(model, n_ctx=_N_CTX, n_slots=SLOTS, n_batch=512, n_threads=2, flash_attention=flash_attention)
     finally:
         llama_cpp.llama_init_from_model = make
     with closing(context):

@@ -34,18 +34,26 @@ def _first_token_ms(found: Figures) -> float:
 
 
 def intruder(path: Path, rounds: int, gap_ms: int, answer_tokens: int) -> None:
-    """A prompt of 2,000 tokens among 4 streams: the gaps between their tokens, and what it waits, against it alone."""
-    streams = {"concurrency": _STREAMS, "requests": _STREAMS, "answer_tokens": answer_tokens}
-    gaps, ratios = list[Spread](), list[float]()
+    """A prompt of 2,000 tokens among 4 streams: what it waits, against it alone, and the gaps between their tokens, as
+    multiples of the target too: `--gap-ms`, or two steps of those streams where that is more.
+    """
+    streams = {"concurrency": _STREAMS, "requests": _STREAMS, "prompt_tokens": 64}
+    gaps, p99, longest, ratios = list[Spread](), list[float](), list[float](), list[float]()
     with serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(_CLIENTS), GAP_MS=str(gap_ms)) as server:
         for _ in range(rounds):
-            found = intrude(server, path, 2_000, prompt_tokens=64, **streams)
+            undisturbed = load(server, path, answer_tokens=64, **streams)
+            assert undisturbed.together_tokens_per_s is not None
+            target_ms = max(gap_ms, 2 * _STREAMS / undisturbed.together_tokens_per_s * 1e3)
+            found = intrude(server, path, 2_000, answer_tokens=answer_tokens, **streams)
             assert found.gap_meanwhile_ms is not None
             assert found.still_running == _STREAMS, "longer answers are needed"
-            print(f"gap {told(found.gap_meanwhile_ms)}; its first token after {found.ratio:.2f} times", flush=True)
             gaps.append(found.gap_meanwhile_ms)
+            p99.append(gaps[-1].p99 / target_ms)
+            longest.append(gaps[-1].longest / target_ms)
             ratios.append(found.ratio)
-    print(f"gap {in_all(gaps)}; its first token after {median(ratios)} times what it takes alone")
+            print(f"gap {told(gaps[-1])}, target {target_ms:.0f} ms; first token {ratios[-1]:.2f} times", flush=True)
+    print(f"gap {in_all(gaps)}; of the target p99 {median(p99)}, longest {median(longest)}")
+    print(f"its first token after {median(ratios)} times what it takes alone")
 
 
 def arrivals(path: Path, rounds: int, requests: int) -> None:
