@@ -26,11 +26,12 @@ from rustllama.core import (
     SamplingParams,
     Span,
 )
-from rustllama.engine import lane
-from rustllama.engine.batch import Timing
+from rustllama.engine import lane, runner
+from rustllama.engine.batch import Batch, Timing
 from rustllama.engine.costs import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.runner import Runner
+from rustllama.engine.scheduler import Scheduler
 from rustllama.errors import Busy, Cancelled, Draining, InternalError, OutOfMemory
 from rustllama.settings import Settings
 from tests.conftest import SHAPES
@@ -252,6 +253,25 @@ def test_answers_do_not_depend_on_the_shape_of_the_calls(any_engine: LlamaEngine
     any_engine._lanes[0]._scheduler.decode_cost = DecodeCost(SLOTS, ms)
     together = [gevent.spawn(answer, any_engine, request) for request in requests]
     assert [greenlet.get() for greenlet in together] == alone
+
+
+def test_a_run_that_nothing_interrupts_is_planned_again_after_a_while(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[int] = []
+    plan = Scheduler.plan
+
+    def counted(scheduler: Scheduler, now_ns: int, *, others_wait: bool = False) -> Batch | None:
+        plans.append(now_ns)
+        return plan(scheduler, now_ns, others_wait=others_wait)
+
+    monkeypatch.setattr(Scheduler, "plan", counted)
+    text = answer(engine, ask(1, max_tokens=40))
+    until_idle(engine)
+    seldom = len(plans)
+    monkeypatch.setattr(runner, "_AHEAD_NS", 0)
+    assert answer(engine, ask(1, max_tokens=40)) == text
+    assert len(plans) - seldom >= 40 > seldom
 
 
 def test_an_idle_engine_learns_what_its_calls_cost(engine: LlamaEngine) -> None:

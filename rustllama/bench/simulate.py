@@ -195,12 +195,12 @@ class Simulation:
                     self._clock.pass_ms(self.machine.copy(count))
 
     def _decode(self, call: Call) -> Timing:
-        rows, cells = len(call.sequences) + call.scratch, sum(sequence.computed for sequence in call.sequences)
-        passed_ns = self._clock.pass_ms(self.machine.decode(rows, cells))
+        rows, depth = len(call.sequences) + call.scratch, max(sequence.computed for sequence in call.sequences)
+        passed_ns = self._clock.pass_ms(self.machine.decode(rows, rows * depth))
         for sequence in call.sequences:
             sequence.computed += 1
             self._accept(sequence)
-        return Timing(rows, cells / rows, passed_ns)
+        return Timing(rows, depth, passed_ns)
 
     def _prompt(self, chunks: tuple[Chunk, ...]) -> Timing:
         rows = sum(chunk.count for chunk in chunks)

@@ -126,7 +126,9 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long a llama_decode took, by its rows and the tokens that each of them looked at, in the mean."""
+    """How long a llama_decode took, by its rows and the tokens that each of them looked at: of a prompt call in the
+    mean, of a decode call those of its deepest sequence.
+    """
 
     rows: int
     depth: float

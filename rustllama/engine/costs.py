@@ -7,12 +7,12 @@ for many, and which of them is the cheapest per row differs by quantization and 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 _WORTH_SPLITTING = 0.95  # of the plain call's cost: a gain below the noise of the measure is none
-_SHALLOW = 256  # tokens; deeper, a decode call's time tells more about attention than about its rows
+_SHALLOW = 256  # tokens; as many cells more are looked at whenever a sequence has become so much deeper (get_n_kv)
 DRAFT_ROWS = 16  # of one sequence in a call, at most
 _DRAFTS = (1, 3, 7, 15)  # that a sequence may carry: with its token, sizes that every kernel likes
 _FEWEST_TO_CHOOSE = 2  # sizes of calls
@@ -21,7 +21,9 @@ _AGREE = 1.05  # of the fastest try: so near has another one to come
 _CORRECTION = 0.05  # upwards: what is slower may have been disturbed
 _RELIEF = 0.5  # downwards: nothing makes a call faster than it is
 _ENOUGH_TO_CHOOSE_AGAIN = 0.02
-_FORGETTING = 0.9  # what the past weighs at each observation of a prompt call: about ten of them count
+_FORGETTING = 0.9  # what the past weighs at each observation of what grows with depth: about ten of them count
+_NOTICEABLE = 0.1  # of what a cell costs
+_REMEMBERED = 1_000  # splits
 _SPREAD = 64  # tokens of depth; over less, no slope can be told
 _NEAR = 256  # tokens of depth
 _SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
@@ -42,16 +44,20 @@ class Split(NamedTuple):
 class DecodeCost:
     """`ms[rows]` is the time of a call with one row for each of so many sequences that hold little; 0: not known.
 
-    Drafted rows cost the same, so that there may be more rows than slots.
+    Drafted rows cost the same, so that there may be more rows than slots. `cell_ms` is what each row adds for each cell
+    that it looks at beyond the first ones: as many as the deepest sequence of its call has, whatever its own depth.
     """
 
     slots: int = 0
     ms: list[float] = field(default_factory=list)
     may_draft: bool = True
     complete: Callable[[list[float]], None] = lambda ms: None  # gets `ms` when all that is wanted was measured
+    cell_ms: float = 0.0
     _tries: dict[int, list[float]] = field(default_factory=dict)  # what was measured, the fastest first
-    _splits: dict[tuple[int, int], Split] = field(default_factory=dict)
+    _splits: dict[tuple[tuple[int, ...], int], Split] = field(default_factory=dict)
     _moved: float = 0.0  # share by which `ms` changed since the splits were chosen
+    _seen_xy: float = 0.0  # sums of what tells `cell_ms`, by least squares
+    _seen_xx: float = 0.0
 
     def __post_init__(self) -> None:
         most = max(self.slots, DRAFT_ROWS)
@@ -75,8 +81,11 @@ class DecodeCost:
             self.complete(self.ms)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
-        """A call that served somebody, at this mean depth in tokens."""
-        if depth >= _SHALLOW or rows >= len(self.ms):
+        """A call that served somebody; `depth` is that of its deepest sequence, in tokens."""
+        if rows >= len(self.ms):
+            return
+        if depth >= _SHALLOW:
+            self._observe_deep(rows, depth, ms)
             return
         before = self.ms[rows]
         if not before:
@@ -99,12 +108,26 @@ class DecodeCost:
         known = [(count, rows) for count, rows in sizes if plain and rows < len(self.ms) and self.ms[rows]]
         return tuple((count, self.ms[rows] / plain) for count, rows in known)
 
-    def split(self, rows: int, scratch: int) -> Split:
-        """The cheapest way to advance so many sequences, with at most so many scratch rows."""
-        key = rows, scratch
+    def split(self, depths: Sequence[int], scratch: int) -> Split:
+        """The cheapest way to advance sequences of these depths in tokens, with at most so many scratch rows."""
+        key = tuple(_further_cells(depth) for depth in depths), scratch
         if key not in self._splits:
-            self._splits[key] = self._cheapest(rows, scratch)
+            if len(self._splits) >= _REMEMBERED:
+                self._splits.clear()
+            self._splits[key] = self._cheapest(*key)
         return self._splits[key]
+
+    def _observe_deep(self, rows: int, depth: float, ms: float) -> None:
+        """What such a call takes longer than a shallow one, its cells took."""
+        if not self.ms[rows]:
+            return
+        cells = rows * _further_cells(depth)
+        self._seen_xy = _FORGETTING * self._seen_xy + cells * (ms - self.ms[rows])
+        self._seen_xx = _FORGETTING * self._seen_xx + cells * cells
+        found = max(0.0, self._seen_xy / self._seen_xx)
+        if abs(found - self.cell_ms) > _NOTICEABLE * self.cell_ms:
+            self.cell_ms = found
+            self._splits.clear()
 
     def _try(self, rows: int, ms: float) -> None:
         """The fastest of several is the true one, the others were disturbed. One alone is not believed: what is taken
@@ -125,26 +148,48 @@ class DecodeCost:
         tries = self._tries[rows]
         return len(tries) > 1 and tries[1] < _AGREE * tries[0]
 
-    def _cheapest(self, rows: int, scratch: int) -> Split:
-        """Over all ways to cut `rows` into calls; only the last call's rows have empty slots beside them."""
+    def _cheapest(self, cells: tuple[int, ...], scratch: int) -> Split:
+        """Over all ways to cut the rows into calls of neighbours; only the last one's have empty slots beside them."""
+        rows = len(cells)
         if not rows:
             return Split(())
         plain = Split((rows,))
         if not self.slots or not self.ms[rows]:
             return plain
-        best = [(0.0, plain)] * (rows + 1)
-        best[0] = (0.0, Split(()))
+        costs, ends = [0.0], [0]  # of the first rows: what they take, and how many go into the last call
         for total in range(1, rows + 1):
-            ways = [(best[total - last][0] + self.ms[last], last) for last in range(1, total + 1) if self.ms[last]]
-            cost, last = min(ways, default=(float("inf"), total))
-            best[total] = (cost, Split((*best[total - last][1].sizes, last)))
-        cost, found = best[rows]
-        for last in range(1, rows + 1):
-            for pad in range(1, min(scratch, self.slots - last) + 1):
-                padded = best[rows - last][0] + self.ms[last + pad]
-                if self.ms[last + pad] and padded < cost:
-                    cost, found = padded, Split((*best[rows - last][1].sizes, last), pad)
-        return found if cost < _WORTH_SPLITTING * self.ms[rows] else plain
+            cost, last = self._cheapest_end(cells[:total], costs)
+            costs.append(cost)
+            ends.append(last)
+        padded = ((*self._cheapest_end(cells, costs, pad), pad) for pad in range(1, scratch + 1))
+        cost, last, pad = min([(costs[rows], ends[rows], 0), *padded])
+        if cost >= _WORTH_SPLITTING * self._call_ms(rows, max(cells)):
+            return plain
+        sizes = [last]
+        while rows := rows - sizes[-1]:
+            sizes.append(ends[rows])
+        return Split(tuple(reversed(sizes)), pad)
+
+    def _cheapest_end(self, cells: tuple[int, ...], costs: list[float], pad: int = 0) -> tuple[float, int]:
+        """What these rows take, and how many of them go into their last call, with so many scratch rows. `costs[rows]`
+        is what so many of them take that come first.
+        """
+        best, size, deepest = float("inf"), len(cells), 0
+        for last in range(1, min(len(cells), self.slots - pad) + 1):
+            deepest = max(deepest, cells[-last])
+            if self.ms[last + pad]:
+                cost = costs[len(cells) - last] + self._call_ms(last + pad, deepest)
+                if cost < best:
+                    best, size = cost, last
+        return best, size
+
+    def _call_ms(self, rows: int, cells: int) -> float:
+        return self.ms[rows] + rows * cells * self.cell_ms
+
+
+def _further_cells(depth: float) -> int:
+    """How many cells more llama.cpp looks at than for a sequence that holds little."""
+    return int(depth) // _SHALLOW * _SHALLOW
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from rustllama.engine.tally import Source
 from rustllama.engine.threads import Threads, Watch
 from rustllama.errors import InternalError
 
+_AHEAD_NS = 500_000_000  # sequences grow, and other calls become the cheapest
 Deltas = list[tuple[Sequence, Delta | InternalError]]  # an error is the last one of its sequence
 
 
@@ -53,12 +54,13 @@ class Runner:
     def run(self, batch: Batch) -> Outcome:
         """One step, and further decode steps while nothing else is to be done."""
         kept = tuple(self._arrange(batch.arrange))
-        decode, shifted = tuple[Timing, ...](), False
+        decode, shifted, plan_again_ns = tuple[Timing, ...](), False, time.perf_counter_ns() + _AHEAD_NS
         while batch.decode:
             shifted = self._make_room(batch.decode)
             decode = tuple([self._decode(call) for call in batch.decode])
             ended = any(sequence.over for call in batch.decode for sequence in call.sequences)
-            if batch.prompt or batch.awaited or ended or self.interrupted or not self._go_on():
+            busy = batch.prompt or batch.awaited or ended or self.interrupted or not self._go_on()
+            if busy or time.perf_counter_ns() > plan_again_ns:
                 break
         return Outcome(() if shifted else decode, self._prompt(batch.prompt) if batch.prompt else None, kept)
 
@@ -116,7 +118,7 @@ class Runner:
         spare = range(call.slot + len(call.sequences), call.slot + len(call.sequences) + len(scratch))
         # scratch rows ask for logits too, or the last layer and the head run in the shape that was to be avoided
         self._context.decode(tokens + scratch, positions + scratch, [*slots, *spare], True)
-        timing = watch.stop(len(tokens) + len(scratch), sum(positions) / len(positions))
+        timing = watch.stop(len(tokens) + len(scratch), max(positions))
         now_ns = time.perf_counter_ns()
         for slot in spare:
             self._context.clear(slot)

@@ -183,7 +183,7 @@ class Scheduler:
         decoding = tuple(s for s in self.slots if s is not None and s.phase is Phase.DECODE)
         together = sum(not sequence.request.reproducible for sequence in decoding)
         scratch = self._empty_from(together) if together == len(decoding) else 0
-        split = self.decode_cost.split(together, scratch)
+        split = self.decode_cost.split([sequence.computed for sequence in decoding[:together]], scratch)
         start = 0
         for size in (*split.sizes, *[1] * (len(decoding) - together)):
             end = start + size

@@ -68,6 +68,13 @@ def _adjacent(model: Path, rounds: int) -> None:
     crowds.adjacent(model, rounds)
 
 
+@figures.command("deep", help=crowds.deep.__doc__)
+@_MODEL
+@_ROUNDS
+def _deep(model: Path, rounds: int) -> None:
+    crowds.deep(model, rounds)
+
+
 @figures.command("neighbours", help=crowds.neighbours.__doc__)
 @_MODEL
 @_ROUNDS

@@ -21,6 +21,7 @@ CROWD = 8
 SLOTS = 16
 _DEPTH = 1_700  # tokens
 _N_CTX = 2_048
+_BEGINS_S = 3.0  # an answer whose prompt is kept
 
 
 def retained(path: Path, rounds: int, conversations: int = 64) -> None:
@@ -51,10 +52,49 @@ def adjacent(path: Path, rounds: int, others: int = 100) -> None:
             deep = {"prompt_tokens": _DEPTH, "shared_prefix": _DEPTH - 40, "answer_tokens": answer}
             found = load(server, path, concurrency=SLOTS, requests=SLOTS, warmup=0, **deep)
             assert found.together_tokens_per_s is not None
-            step_ms, unified_ms = SLOTS / found.together_tokens_per_s * 1e3, _steps_ms(unified, answer)
+            step_ms, unified_ms = (
+                SLOTS / found.together_tokens_per_s * 1e3,
+                _steps_ms(unified, [_DEPTH] * SLOTS, answer),
+            )
             print(f"a step of {SLOTS}: {step_ms:.1f} ms; in a unified cache {unified_ms:.1f} ms", flush=True)
             ratios.append(step_ms / unified_ms)
     print(f"a step of {SLOTS} streams at depth {_DEPTH}: {median(ratios)} of a unified cache's")
+
+
+def deep(path: Path, rounds: int, depth: int = 6_000) -> None:
+    """Steps of 7 short streams beside one of 6,000 tokens, against one plain batch of them all."""
+    ratios, others, n_ctx = list[float](), CROWD - 1, depth + _N_CTX
+    said, lengths = words(random.Random(depth), depth), {"prompt_tokens": 32, "answer_tokens": 100}
+    with (
+        closing(Model(str(path))) as model,
+        closing(_bare(model, path, n_ctx)) as bare,
+        serving(path, NUM_CTX=str(n_ctx), SLOTS=str(CROWD)) as server,
+    ):
+        depths = [64] * others + [depth]
+        for slot, held in enumerate(depths):
+            _fill(bare, slot, held)
+        ask(server, path, said, num_predict=1)
+        for seed in range(rounds):
+            with ThreadPoolExecutor(1) as clients:
+                long_one = clients.submit(ask, server, path, said, num_predict=400, temperature=1.0, seed=seed)
+                time.sleep(_BEGINS_S)
+                found = load(server, path, concurrency=others, requests=others, warmup=0, **lengths)
+                assert not long_one.done(), "it did not outlast the others"
+            assert found.together_tokens_per_s is not None
+            step_ms, plain_ms = others / found.together_tokens_per_s * 1e3, _steps_ms(bare, depths, 20)
+            print(f"a step of {CROWD}: {step_ms:.1f} ms; in one plain batch {plain_ms:.1f} ms", flush=True)
+            ratios.append(step_ms / plain_ms)
+    print(f"a step of {others} short streams and one of {depth} tokens: {median(ratios)} of a plain batch's")
+
+
+def _bare(model: Model, path: Path, n_ctx: int) -> Context:
+    return Context(model, n_ctx=n_ctx, n_slots=CROWD, n_batch=512, n_threads=2, flash_attention=attention(path))
+
+
+def _fill(context: Context, slot: int, held: int) -> None:
+    for start in range(0, held, 512):
+        size = min(512, held - start)
+        context.decode(range(100, 100 + size), range(start, start + size), [slot] * size, False)
 
 
 def _come_and_go(server: Server, path: Path, count: int) -> None:
@@ -84,21 +124,19 @@ def _unified(model: Model, flash_attention: str) -> Iterator[Context]:
         llama_cpp.llama_init_from_model = make
     with closing(context):
         for slot in range(SLOTS):
-            for start in range(0, _DEPTH, 512):
-                size = min(512, _DEPTH - start)
-                context.decode(range(100, 100 + size), range(start, start + size), [slot] * size, False)
+            _fill(context, slot, _DEPTH)
         yield context
 
 
-def _steps_ms(context: Context, count: int) -> float:
-    """Median of so many steps, which are taken back."""
-    times = []
-    for position in range(_DEPTH, _DEPTH + count):
+def _steps_ms(context: Context, depths: list[int], count: int) -> float:
+    """Median of so many steps of all slots, which are taken back."""
+    times, slots = [], range(len(depths))
+    for further in range(count):
         started_s = time.perf_counter()
-        context.decode([7] * SLOTS, [position] * SLOTS, range(SLOTS), True)
+        context.decode([7] * len(depths), [depth + further for depth in depths], slots, True)
         times.append((time.perf_counter() - started_s) * 1e3)
-    for slot in range(SLOTS):
-        context.cut(slot, _DEPTH)
+    for slot, depth in enumerate(depths):
+        context.cut(slot, depth)
     return statistics.median(times)
 
 
