@@ -38,12 +38,12 @@ def retained(path: Path, rounds: int, conversations: int = 64) -> None:
 
 
 def adjacent(path: Path, rounds: int, others: int = 100) -> None:
-    """Steps of 16 deep streams after many others came and went, against a bare unified cache attending likewise."""
+    """Steps of 16 deep streams after many others came and went, against a unified cache as llama.cpp makes it."""
     ratios = []
     answer = 60
     with (
         closing(Model(str(path))) as model,
-        _unified(model, attention(path)) as unified,
+        _unified(model) as unified,
         serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(SLOTS)) as server,
     ):
         for _ in range(rounds):
@@ -109,7 +109,7 @@ def _come_and_go(server: Server, path: Path, count: int) -> None:
 
 
 @contextmanager
-def _unified(model: Model, flash_attention: str) -> Iterator[Context]:
+def _unified(model: Model) -> Iterator[Context]:
     """llama.cpp with one KV cache for all: a bare context whose slots hold deep prompts."""
     make = llama_cpp.llama_init_from_model
 
@@ -119,7 +119,7 @@ def _unified(model: Model, flash_attention: str) -> Iterator[Context]:
 
     llama_cpp.llama_init_from_model = unified
     try:
-        context = Context(model, n_ctx=_N_CTX, n_slots=SLOTS, n_batch=512, n_threads=2, flash_attention=flash_attention)
+        context = Context(model, n_ctx=_N_CTX, n_slots=SLOTS, n_batch=512, n_threads=2)
     finally:
         llama_cpp.llama_init_from_model = make
     with closing(context):
