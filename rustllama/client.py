@@ -69,15 +69,18 @@ class Client:
     """Requests to the server at `address`, any form of RUSTLLAMA_HOST; empty is the default address.
 
     `ca` is the path of PEM certificates that are trusted in the place of the usual ones. Every method raises
-    ServerUnreachable where nothing listens, else RustllamaError with the server's own sentence.
+    ServerUnreachable where nothing listens, else RustllamaError with the server's own sentence. `advice` is what to do
+    where nothing listens; empty: start a server.
     """
 
-    def __init__(self, address: str = "", *, api_key: str = "", ca: str = "") -> None:
+    def __init__(self, address: str = "", *, api_key: str = "", ca: str = "", advice: str = "") -> None:
         """Raises SettingError."""
         self.url = base_url(address or "localhost")
         self.is_local = is_loopback(urlsplit(self.url).hostname or "")
         self.api_key = api_key
         self._ca = ca
+        start = "start one with `rustllama serve`" if self.is_local else "start `rustllama serve` there"
+        self._advice = advice or f"{start}, or set RUSTLLAMA_HOST to another address"
         if not (api_key.isascii() and api_key.isprintable()):
             raise SettingError(
                 f"{API_KEY} has characters that no API key has: set it to what `rustllama key add` said."
@@ -253,8 +256,7 @@ class Client:
             raise self._broken() from None
 
     def _unreachable(self) -> ServerUnreachable:
-        where = "start one with `rustllama serve`" if self.is_local else "start `rustllama serve` there"
-        return ServerUnreachable(f"No server answers at {self.url}: {where}, or set RUSTLLAMA_HOST to another address.")
+        return ServerUnreachable(f"No server answers at {self.url}: {self._advice}.")
 
 
 def _encoded(body: Mapping[str, object]) -> bytes:

@@ -142,6 +142,15 @@ def test_the_private_server_ends_with_the_terminal(private_chat: Terminal) -> No
     wait_until_gone(server)
 
 
+@private_only
+def test_where_the_private_server_was_killed_the_console_says_what_helps(private_chat: Terminal) -> None:
+    os.killpg(private_server_of(private_chat), signal.SIGKILL)
+    private_chat.type("hello\r")
+    private_chat.wait_for("leave")
+    private_chat.wait_for(PROMPT)
+    assert "rustllama serve" not in private_chat.text
+
+
 def test_a_private_server_answers_a_script(tmp_path: Path) -> None:
     assert rustllama(NOWHERE, tmp_path, "run", stdin="hello\n").strip()
 

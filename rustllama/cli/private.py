@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _URL = re.compile(rb"https?://\S+")
 _LOG = "private-server.log"
 _GOODBYE_S = 5.0
+_ENDED = "it belonged to this command and has ended, so leave and start again"
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -44,7 +45,7 @@ def private_server(home: Home, defaults: Mapping[str, str] = _NOTHING) -> Iterat
         url = _url(process)
         if url is None:
             raise _failure(process, home)
-        yield Client(url, api_key=secret)
+        yield Client(url, api_key=secret, advice=_ENDED)
     finally:
         process.stdin.close()
         process.terminate()  # it would notice the end of its input too, but later
