@@ -41,7 +41,10 @@ def rustllama(url: str, home: Path, *arguments: str, stdin: str = "") -> str:
 
 def private_server_of(chat: Terminal) -> int:
     """The process id of the server that a console started."""
-    pid = chat.process.pid
+    return child_of(chat.process.pid)
+
+
+def child_of(pid: int) -> int:
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)
 
@@ -144,7 +147,11 @@ def test_the_private_server_ends_with_the_terminal(private_chat: Terminal) -> No
 
 @private_only
 def test_where_the_private_server_was_killed_the_console_says_what_helps(private_chat: Terminal) -> None:
-    os.killpg(private_server_of(private_chat), signal.SIGKILL)
+    server = private_server_of(private_chat)
+    worker = child_of(server)
+    os.killpg(server, signal.SIGKILL)
+    for pid in (server, worker):
+        wait_until_gone(pid)
     private_chat.type("hello\r")
     private_chat.wait_for("leave")
     private_chat.wait_for(PROMPT)
