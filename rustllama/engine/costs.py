@@ -175,12 +175,13 @@ class DecodeCost:
         is what so many of them take that come first.
         """
         best, size, deepest = float("inf"), len(cells), 0
-        for last in range(1, min(len(cells), self.slots - pad) + 1):
-            deepest = max(deepest, cells[-last])
-            if self.ms[last + pad]:
-                cost = costs[len(cells) - last] + self._call_ms(last + pad, deepest)
-                if cost < best:
-                    best, size = cost, last
+        calls = zip(self.ms[1 + pad : 1 + self.slots], reversed(costs[: len(cells)]), reversed(cells), strict=False)
+        for last, (ms, before, further) in enumerate(calls, 1):
+            if further > deepest:  # max() takes as long as all the rest
+                deepest = further
+            cost = before + ms + (last + pad) * deepest * self.cell_ms
+            if cost < best and ms:
+                best, size = cost, last
         return best, size
 
     def _call_ms(self, rows: int, cells: int) -> float:
