@@ -26,11 +26,10 @@ _NOTICEABLE = 0.1  # of what a cell costs
 _REMEMBERED = 1_000  # splits
 _SPREAD = 64  # tokens of depth; over less, no slope can be told
 _NEAR = 256  # tokens of depth
-_SMALLEST_CHUNK = 8  # tokens; smaller ones cost as much
+_SMALLEST_CHUNK = 4  # tokens; kernels for several rows take so many at once
+_SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and twice as much on others
 _FIRST_CHUNK = 64  # tokens, before anything is known
 FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
-_BIT_LONGER, _MUCH_LONGER = 1.25, 1.5  # than there is time for
-_MUCH_CHEAPER = 0.5
 
 
 class Split(NamedTuple):
@@ -252,23 +251,29 @@ class PromptCost:
     def rows_within(self, ms: float, depth: float, most: int) -> int:
         """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`.
 
-        Where less than a tile would fit, a tile may take a bit longer, and much longer where its rows are much cheaper.
+        Where less than a call of another kernel would fit, that one may take longer if its rows are much cheaper.
         """
         if not self._lines:
             return min(_FIRST_CHUNK, most)
         best = max(self._fitting(ms, depth, most), default=_SMALLEST_CHUNK)
-        if best < self.tile <= most:
-            small, tile = self._per_row(best, depth), self._per_row(self.tile, depth)
-            stretch = _MUCH_LONGER if tile <= _MUCH_CHEAPER * small else _BIT_LONGER
-            best = self.tile if self.tile * tile <= stretch * max(ms, best * small) else best
+        for larger in (_SMALL_CALL, self.tile):
+            if best < larger <= most and self._is_worth(larger, best, ms, depth):
+                best = larger
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
+    def _is_worth(self, larger: int, smaller: int, ms: float, depth: float) -> bool:
+        """Whether the larger call may take longer than there is time for: by half of it where its rows cost half."""
+        small, large = self._per_row(smaller, depth), self._per_row(larger, depth)
+        return larger * large <= (2 - large / small) * max(ms, smaller * small)
+
     def _fitting(self, ms: float, depth: float, most: int) -> Iterator[int]:
-        """The largest call of each size that takes no longer. Deep in a prompt, less than a tile grows from the
-        smallest on: what is known of other depths and of tiles says little about it.
+        """The largest call of each size that takes no longer. Deep in a prompt, less than a tile begins with a small
+        call: what is known of other depths and of tiles says little about it.
         """
         small = (line for size, line in self._lines.items() if not self._is_tiled(size))
-        tried = depth < _NEAR or any(line.reaches(depth) for line in small)
+        tried = self.tile == 1 or depth < _NEAR or any(line.reaches(depth) for line in small)
+        if not tried:
+            yield _SMALL_CALL
         for bits in range(_SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
             smallest, largest = 1 << (bits - 1), (1 << bits) - 1
             rows = min(int(ms / self._per_row(smallest, depth)), largest)
