@@ -246,8 +246,8 @@ def test_a_long_prompt_that_has_waited_is_not_starved() -> None:
 
 def test_the_cost_of_a_prompt_is_learned() -> None:
     made = scheduler()
-    made.apply(Outcome(prompt=Timing(rows=50, depth=0, ns=100 * MS)))
-    assert made.prompt_cost.ms_per_row(50, 0) == 2.0
+    made.apply(Outcome(prompt=Timing(rows=52, depth=0, ns=104 * MS)))
+    assert made.prompt_cost.ms_per_row(52, 0) == 2.0
 
 
 def calls(made: Scheduler) -> list[tuple[int, list[Sequence], int]]:

@@ -28,6 +28,7 @@ _SPREAD = 64  # tokens of depth; over less, no slope can be told
 _NEAR = 256  # tokens of depth
 _SMALLEST_CHUNK = 4  # tokens; kernels for several rows take so many at once
 _SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and twice as much on others
+_STRETCHES = ((0.25, 1.75), (0.5, 1.5), (0.85, 1.25))  # a row costs so much of one in a smaller call: so much longer
 _FIRST_CHUNK = 64  # tokens, before anything is known
 FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
 
@@ -238,7 +239,9 @@ class PromptCost:
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call of so many prompt tokens; `depth` is how many cells each of them saw, in the mean."""
-        self._lines.setdefault(rows.bit_length(), _Line()).observe(depth, ms / rows)
+        size = max(rows, _SMALLEST_CHUNK).bit_length()
+        whole = -(-rows // _SMALLEST_CHUNK) * _SMALLEST_CHUNK  # the rows that are left over take about as long as these
+        self._lines.setdefault(size, _Line()).observe(depth, ms / whole)
 
     def ms_per_row(self, rows: int, depth: float) -> float:
         """0 while nothing is known."""
@@ -262,9 +265,10 @@ class PromptCost:
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
     def _is_worth(self, larger: int, smaller: int, ms: float, depth: float) -> bool:
-        """Whether the larger call may take longer than there is time for: by half of it where its rows cost half."""
+        """Whether the larger call may take longer than there is time for."""
         small, large = self._per_row(smaller, depth), self._per_row(larger, depth)
-        return larger * large <= (2 - large / small) * max(ms, smaller * small)
+        limit_ms = max(ms, smaller * small)
+        return any(large <= cheap * small and larger * large <= longer * limit_ms for cheap, longer in _STRETCHES)
 
     def _fitting(self, ms: float, depth: float, most: int) -> Iterator[int]:
         """The largest call of each size that takes no longer. Deep in a prompt, less than a tile begins with a small
