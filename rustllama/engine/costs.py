@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 _WORTH_SPLITTING = 0.95  # of the plain call's cost: a gain below the noise of the measure is none
 _SHALLOW = 256  # tokens; as many cells more are looked at whenever a sequence has become so much deeper (get_n_kv)
 DRAFT_ROWS = 16  # of one sequence in a call, at most
@@ -156,36 +159,30 @@ class DecodeCost:
         plain = Split((rows,))
         if not self.slots or not self.ms[rows]:
             return plain
-        costs, ends = [0.0], [0]  # of the first rows: what they take, and how many go into the last call
-        for total in range(1, rows + 1):
-            cost, last = self._cheapest_end(cells[:total], costs)
-            costs.append(cost)
-            ends.append(last)
-        padded = ((*self._cheapest_end(cells, costs, pad), pad) for pad in range(1, scratch + 1))
-        cost, last, pad = min([(costs[rows], ends[rows], 0), *padded])
-        if cost >= _WORTH_SPLITTING * self._call_ms(rows, max(cells)):
+        sizes = 1 + np.arange(rows) - np.arange(rows)[:, None]  # of the call from one row to another
+        deepest = np.maximum.accumulate(np.triu(np.broadcast_to(cells, (rows, rows))), axis=1)
+        calls = self._calls_ms(sizes, deepest)
+        costs, starts = np.zeros(rows + 1), [0]  # of the first rows: what they take, and where their last call starts
+        for end in range(1, rows):
+            ways = costs[:end] + calls[:end, end - 1]
+            starts.append(int(ways.argmin()))
+            costs[end] = ways[starts[-1]]
+        pads = np.arange(scratch + 1)
+        ways = costs[:rows, None] + self._calls_ms(sizes[:, -1:] + pads, deepest[:, -1:])
+        start, pad = divmod(int(ways.argmin()), len(pads))
+        if ways[start, pad] >= _WORTH_SPLITTING * calls[0, -1]:
             return plain
-        sizes = [last]
-        while rows := rows - sizes[-1]:
-            sizes.append(ends[rows])
-        return Split(tuple(reversed(sizes)), pad)
+        found = [rows - start]
+        while start:
+            found.append(start - starts[start])
+            start = starts[start]
+        return Split(tuple(reversed(found)), pad)
 
-    def _cheapest_end(self, cells: tuple[int, ...], costs: list[float], pad: int = 0) -> tuple[float, int]:
-        """What these rows take, and how many of them go into their last call, with so many scratch rows. `costs[rows]`
-        is what so many of them take that come first.
-        """
-        best, size, deepest = float("inf"), len(cells), 0
-        calls = zip(self.ms[1 + pad : 1 + self.slots], reversed(costs[: len(cells)]), reversed(cells), strict=False)
-        for last, (ms, before, further) in enumerate(calls, 1):
-            if further > deepest:  # max() takes as long as all the rest
-                deepest = further
-            cost = before + ms + (last + pad) * deepest * self.cell_ms
-            if cost < best and ms:
-                best, size = cost, last
-        return best, size
-
-    def _call_ms(self, rows: int, cells: int) -> float:
-        return self.ms[rows] + rows * cells * self.cell_ms
+    def _calls_ms(self, rows: npt.NDArray[np.int_], cells: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
+        """Of calls of so many rows that look at so many cells more; endless where that is not known or not possible."""
+        known = np.array([ms or np.inf for ms in self.ms[: self.slots + 1]])
+        found: npt.NDArray[np.float64] = known[np.where((rows > 0) & (rows <= self.slots), rows, 0)]
+        return found + rows * cells * self.cell_ms
 
 
 def _further_cells(depth: float) -> int:

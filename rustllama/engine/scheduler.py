@@ -22,6 +22,7 @@ from rustllama.errors import Busy, Cancelled, RustllamaError
 _NS_PER_MS = 1_000_000
 _ALONE_MS = 1_000  # what one prompt call may take when nobody waits for its next token
 _LEARNING_RATE = 0.3
+_NOBODY = 3  # comes behind all ranks
 
 
 @dataclass(slots=True)
@@ -151,17 +152,17 @@ class Scheduler:
         """Sequences that decode together get the lowest slots, those that decode alone come next, prompts follow:
         llama.cpp batches only neighbours.
         """
-        for rank in range(3):
-            belongs = [sequence is not None and _rank(sequence) <= rank for sequence in self.slots]
+        ranks = [_NOBODY if sequence is None else _rank(sequence) for sequence in self.slots]
+        for rank in range(_NOBODY):
             low, high = 0, self.n_slots - 1
             while True:
-                low = next((i for i in range(low, self.n_slots) if not belongs[i]), self.n_slots)
-                high = next((i for i in range(high, -1, -1) if belongs[i]), -1)
+                low = next((i for i in range(low, self.n_slots) if ranks[i] > rank), self.n_slots)
+                high = next((i for i in range(high, -1, -1) if ranks[i] <= rank), -1)
                 if low > high:
                     break
                 yield Move(high, low) if self._is_empty(low) else Swap(low, high)
                 self.slots[low], self.slots[high] = self.slots[high], self.slots[low]
-                belongs[low], belongs[high] = True, False
+                ranks[low], ranks[high] = ranks[high], ranks[low]
 
     def _is_empty(self, slot: int) -> bool:
         sequence = self.slots[slot]
@@ -208,9 +209,10 @@ class Scheduler:
         """
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self.sharing.followers]
+        if not waiting:
+            return []
         waiting.sort(key=lambda item: self._urgency_ms(item[1], now_ns))
-        depth = waiting[0][1].computed if waiting else 0
-        budget = left = self.prompt_cost.rows_within(target_ms, depth, self.n_batch)
+        budget = left = self.prompt_cost.rows_within(target_ms, waiting[0][1].computed, self.n_batch)
         chunks = list[Chunk]()
         for slot, sequence in waiting:
             if sequence.request.reproducible:

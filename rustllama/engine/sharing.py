@@ -93,10 +93,9 @@ class Sharing:
         before, self.followers, self._restored = self.followers, {}, []
         if self.shelf is None:
             return
-        leaders = self._leaders(slots)
-        for slot, sequence in enumerate(slots):
-            if sequence is None or sequence.phase is not Phase.PREFILL or sequence.computed or sequence.over:
-                continue
+        new = [(slot, s) for slot, s in enumerate(slots) if s is not None and _is_new(s)]
+        leaders = self._leaders(slots) if new else {}
+        for slot, sequence in new:
             waited = before.get(sequence)
             if waited is not None and waited.goes_on:
                 self.followers[sequence] = waited
@@ -142,6 +141,10 @@ class Sharing:
         sequence.source = source
         keep = cuts != Cuts() and found.leader.computed == found.count
         return Copy(slots.index(found.leader), slot, found.leader, sequence, found.count, keep)
+
+
+def _is_new(sequence: Sequence) -> bool:
+    return sequence.phase is Phase.PREFILL and not sequence.computed and not sequence.over
 
 
 def _best_leader(leaders: list[Sequence], sequence: Sequence, cuts: Cuts, at_least: int) -> Wait | None:
