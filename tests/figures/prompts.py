@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rustllama.bench.report import Figures, Spread
-from tests.figures.serving import compute_s, intrude, load, median, serving
+from rustllama.bench.report import Figures, Intrusion, Spread
+from tests.figures.serving import compute_s, intrude, load, median, serving, undisturbed
 
 _CLIENTS = 16
 _N_CTX = 4_096
@@ -40,13 +40,17 @@ def intruder(path: Path, rounds: int, gap_ms: int, answer_tokens: int) -> None:
     streams = {"concurrency": _STREAMS, "requests": _STREAMS, "prompt_tokens": 64}
     gaps, p99, longest, ratios = list[Spread](), list[float](), list[float](), list[float]()
     with serving(path, NUM_CTX=str(_N_CTX), SLOTS=str(_CLIENTS), GAP_MS=str(gap_ms)) as server:
+
+        def once() -> tuple[Figures, Intrusion]:
+            alone = load(server, path, answer_tokens=64, **streams)
+            return alone, intrude(server, path, 2_000, answer_tokens=answer_tokens, **streams)
+
         for _ in range(rounds):
-            undisturbed = load(server, path, answer_tokens=64, **streams)
-            assert undisturbed.together_tokens_per_s is not None
-            target_ms = max(gap_ms, 2 * _STREAMS / undisturbed.together_tokens_per_s * 1e3)
-            found = intrude(server, path, 2_000, answer_tokens=answer_tokens, **streams)
+            alone, found = undisturbed(once)
+            assert alone.together_tokens_per_s is not None
             assert found.gap_meanwhile_ms is not None
             assert found.still_running == _STREAMS, "longer answers are needed"
+            target_ms = max(gap_ms, 2 * _STREAMS / alone.together_tokens_per_s * 1e3)
             gaps.append(found.gap_meanwhile_ms)
             p99.append(gaps[-1].p99 / target_ms)
             longest.append(gaps[-1].longest / target_ms)

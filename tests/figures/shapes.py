@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,7 @@ import msgspec
 
 from rustllama.engine.native import Context, Model
 from tests.conftest import Server
-from tests.figures.serving import attention, load, median, scrape, serving, stopped
+from tests.figures.serving import attention, load, median, scrape, serving, stopped, undisturbed
 
 SLOTS = 16
 PROMPT, ANSWER = 40, 48  # tokens
@@ -39,18 +40,25 @@ def measure(path: Path, streams: list[int], rounds: int) -> None:
                 curve = calls_ms(range(1, SLOTS + 1))
             for count in random.sample(streams, len(streams)):
                 calls = cheapest(curve, count)
-                with stopped(server):
-                    before = calls_ms({count, *calls})
-                rate = _rate(server, path, count)
-                with stopped(server):
-                    after = calls_ms({count, *calls})
-                call_ms = {rows: (before[rows] + after[rows]) / 2 for rows in before}
+                rate, call_ms = undisturbed(partial(_pair, server, path, calls_ms, count, calls))
                 plain[count].append(rate * call_ms[count] / count)
                 best[count].append(rate * sum(call_ms[rows] for rows in calls) / count)
         known = scrape(server).named("rustllama_decode_call_seconds")
         print("the server's curve, ms:", {call.labels["rows"]: round(call.value * 1e3, 1) for call in known})
     for count in streams:
         print(f"{count} streams: {median(plain[count])} of one plain batch, {median(best[count])} of the cheapest way")
+
+
+def _pair(
+    server: Server, path: Path, calls_ms: Callable[[Iterable[int]], Curve], count: int, calls: tuple[int, ...]
+) -> tuple[float, Curve]:
+    """The server's rate, and what bare calls took right before and right after."""
+    with stopped(server):
+        before = calls_ms({count, *calls})
+    rate = _rate(server, path, count)
+    with stopped(server):
+        after = calls_ms({count, *calls})
+    return rate, {rows: (before[rows] + after[rows]) / 2 for rows in before}
 
 
 def _rate(server: Server, path: Path, count: int) -> float:
