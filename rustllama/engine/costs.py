@@ -31,7 +31,8 @@ _SPREAD = 64  # tokens of depth; over less, no slope can be told
 _NEAR = 256  # tokens of depth
 _SMALLEST_CHUNK = 4  # tokens; kernels for several rows take so many at once
 _SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and twice as much on others
-_STRETCHES = ((0.25, 1.75), (0.5, 1.5), (0.85, 1.25))  # a row costs so much of one in a smaller call: so much longer
+# Where a row costs so much of what it does in a smaller call, the larger one may take so many times the time there is
+_STRETCHES = ((0.25, 1.75), (0.5, 1.5), (0.85, 1.25))
 _FIRST_CHUNK = 64  # tokens, before anything is known
 FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
 
