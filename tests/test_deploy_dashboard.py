@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ def groupings(expression: str) -> set[str]:
 def scrape(server: Server) -> Scrape:
     """Of a server that has answered, at least once with the cores to itself: other calls tell nothing of their cost."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "why is the sky blue?"}]}
-    for _ in range(200):
+    for _ in range(1200):
         requests.post(f"{server.url}/api/chat", json=body, timeout=60).raise_for_status()
         found = Scrape(requests.get(f"{server.url}/metrics", timeout=60).text)
         if found.named("rustllama_decode_call_seconds"):
             break
+        time.sleep(0.1)
     return found
 
 

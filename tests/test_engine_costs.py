@@ -263,6 +263,19 @@ def test_the_odd_end_of_a_prompt_does_not_make_its_size_dear() -> None:
     assert cost.ms_per_row(4, 0) < 25, "three rows more cost little"
 
 
+def test_what_another_program_made_dear_is_tried_again() -> None:
+    cost = PromptCost(tile=1)
+    for rows, depth in itertools.product([4, 8, 16, 32, 64, 128], range(0, 1000, 200)):
+        cost.observe(rows, depth, 40 * rows)
+    assert cost.rows_within(160, 500, 256) == 4
+    depth = 0
+    while depth < 1000:
+        rows = cost.rows_within(160, depth, 256)
+        cost.observe(rows, depth + rows / 2, 4 * rows)
+        depth += rows
+    assert rows == 40
+
+
 def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:
     cost = PromptCost()
     cost.observe(8, 0, 8 * 5.0)

@@ -33,6 +33,7 @@ _SMALLEST_CHUNK = 4  # tokens; kernels for several rows take so many at once
 _SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and twice as much on others
 # Where a row costs so much of what it does in a smaller call, the larger one may take so many times the time there is
 _STRETCHES = ((0.25, 1.75), (0.5, 1.5), (0.85, 1.25))
+_DEARER = 1.15  # than in a smaller call no row is: what is taken for dear would never be tried again
 _FIRST_CHUNK = 64  # tokens, before anything is known
 FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
 
@@ -276,10 +277,15 @@ class PromptCost:
         tried = self.tile == 1 or depth < _NEAR or any(line.reaches(depth) for line in small)
         if not tried:
             yield _SMALL_CALL
+        least = float("inf")
         for bits in range(_SMALLEST_CHUNK.bit_length(), most.bit_length() + 1):
+            if not (tried or self._is_tiled(bits)):
+                continue
             smallest, largest = 1 << (bits - 1), (1 << bits) - 1
-            rows = min(int(ms / self._per_row(smallest, depth)), largest)
-            if rows >= smallest and (tried or self._is_tiled(bits)):
+            per_row = min(self._per_row(smallest, depth), _DEARER * least)
+            least = min(least, per_row)
+            rows = min(int(ms / per_row), largest)
+            if rows >= smallest:
                 yield rows
 
     def _per_row(self, rows: int, depth: float) -> float:
