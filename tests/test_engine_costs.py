@@ -273,7 +273,7 @@ def test_what_another_program_made_dear_is_tried_again() -> None:
         rows = cost.rows_within(160, depth, 256)
         cost.observe(rows, depth + rows / 2, 4 * rows)
         depth += rows
-    assert rows == 40
+    assert rows == 28
 
 
 def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:
