@@ -238,9 +238,9 @@ class PromptCost:
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call of so many prompt tokens; `depth` is how many cells each of them saw, in the mean."""
-        size = max(rows, _SMALLEST_CHUNK).bit_length()
-        whole = -(-rows // _SMALLEST_CHUNK) * _SMALLEST_CHUNK  # the rows that are left over take about as long as these
-        self._lines.setdefault(size, _Line()).observe(depth, ms / whole)
+        if rows > _SMALLEST_CHUNK:  # those that are left over take about as long as so many
+            rows = min(-(-rows // _SMALLEST_CHUNK) * _SMALLEST_CHUNK, (1 << rows.bit_length()) - 1)
+        self._lines.setdefault(rows.bit_length(), _Line()).observe(depth, ms / rows)
 
     def ms_per_row(self, rows: int, depth: float) -> float:
         """0 while nothing is known."""
