@@ -237,7 +237,7 @@ AVX2 = {4: 128, 8: 132, 12: 172, 16: 203, 40: 480}
 
 
 @pytest.mark.parametrize("tile", [1, FLASH_TILE])
-@pytest.mark.parametrize(("machine", "ms", "rows"), [(XEON, 140, 4), (XEON, 170, 8), (AVX2, 128, 8), (AVX2, 175, 12)])
+@pytest.mark.parametrize(("machine", "ms", "rows"), [(XEON, 140, 4), (XEON, 150, 8), (AVX2, 128, 8), (AVX2, 175, 12)])
 def test_a_model_that_is_large_for_its_machine_has_small_prompt_calls(
     machine: dict[int, int], ms: float, rows: int, tile: int
 ) -> None:
@@ -274,6 +274,33 @@ def test_what_another_program_made_dear_is_tried_again() -> None:
         cost.observe(rows, depth + rows / 2, 4 * rows)
         depth += rows
     assert rows == 28
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_size_that_was_never_called_or_only_beside_another_program_is_judged_by_decode_calls(disturbed: bool) -> None:
+    """As measured: beside streams the 1B had 4 tokens in each prompt call, where 8 would have fitted."""
+    cost = PromptCost(1, DecodeCost(8, [0, 35, 60, 80, 100, 120, 130, 145, 160]))
+    if disturbed:
+        cost.observe(8, 4, 4 * 160)
+    assert cost.decode_cost.of_a_row(8, than=4) == pytest.approx(0.8)
+    cost.observe(4, 14, 100)
+    for depth in range(18, 258, 4):
+        cost.observe(4, depth, 100)
+    assert cost.rows_within(165, 258, 512) == 8
+    assert cost.rows_within(120, 258, 512) == 4
+
+
+def test_decode_calls_that_were_not_measured_tell_nothing() -> None:
+    assert DecodeCost().of_a_row(8, than=4) is None
+    assert DecodeCost(8, [0, 35, 60, 80, 100]).of_a_row(8, than=4) is None
+
+
+def test_what_a_call_left_of_its_time_makes_a_larger_one_possible() -> None:
+    cost = PromptCost(tile=1)
+    cost.observe(4, 0, 4 * 25)
+    cost.observe(8, 0, 8 * 20)
+    assert cost.rows_within(130, 0, 512) == 4
+    assert cost.rows_within(130, 0, 512, left_ms=30) == 8
 
 
 def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:

@@ -32,7 +32,9 @@ _NEAR = 256  # tokens of depth
 _SMALLEST_CHUNK = 4  # tokens; kernels for several rows take so many at once
 _SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and twice as much on others
 # Where a row costs so much of what it does in a smaller call, the larger one may take so many times the time there is
-_STRETCHES = ((0.25, 1.75), (0.5, 1.5), (0.85, 1.25))
+_STRETCHES = ((0.25, 1.75), (0.5, 1.5))
+_CHEAPER = 0.9  # of a row in a smaller call: from here on a larger call pays
+_ROUNDING = 1.1  # a call has as many rows as its kernel likes, and may take so much more than there is time for
 _DEARER = 1.15  # than in a smaller call no row is: what is taken for dear would never be tried again
 _FIRST_CHUNK = 64  # tokens, before anything is known
 FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
@@ -112,6 +114,12 @@ class DecodeCost:
         sizes = [(count, sequences * (1 + count)) for count in _DRAFTS]
         known = [(count, rows) for count, rows in sizes if plain and rows < len(self.ms) and self.ms[rows]]
         return tuple((count, self.ms[rows] / plain) for count, rows in known)
+
+    def of_a_row(self, rows: int, than: int) -> float | None:
+        """What a row costs in a call of so many, as a multiple of what it does in one of `than`; None: not known."""
+        if max(rows, than) >= len(self.ms) or not (self.ms[rows] and self.ms[than]):
+            return None
+        return self.ms[rows] / rows / (self.ms[than] / than)
 
     def split(self, depths: Sequence[int], scratch: int) -> Split:
         """The cheapest way to advance sequences of these depths in tokens, with at most so many scratch rows."""
@@ -230,14 +238,24 @@ class _Line:
 class PromptCost:
     """Milliseconds per row of a prompt call, by its size (powers of two) and by the depth of its rows.
 
-    From `tile` rows of one sequence on, attention has another kernel; 1 where all calls have the same.
+    From `tile` rows of one sequence on, attention has another kernel; 1 where all calls have the same. Small calls have
+    the kernels of decode calls, which were measured while nothing disturbed them: they tell what a size takes beside
+    another one.
     """
 
     tile: int = FLASH_TILE
+    decode_cost: DecodeCost = field(default_factory=DecodeCost)
     _lines: dict[int, _Line] = field(default_factory=dict)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call of so many prompt tokens; `depth` is how many cells each of them saw, in the mean."""
+        self._learn(rows, depth, ms)
+        other = {_SMALLEST_CHUNK: _SMALL_CALL, _SMALL_CALL: _SMALLEST_CHUNK}.get(rows)
+        ratio = self.decode_cost.of_a_row(other, rows) if other else None
+        if other and ratio:
+            self._learn(other, depth, ratio * ms / rows * other)
+
+    def _learn(self, rows: int, depth: float, ms: float) -> None:
         if rows > _SMALLEST_CHUNK:  # those that are left over take about as long as so many
             rows = min(-(-rows // _SMALLEST_CHUNK) * _SMALLEST_CHUNK, (1 << rows.bit_length()) - 1)
         self._lines.setdefault(rows.bit_length(), _Line()).observe(depth, ms / rows)
@@ -250,24 +268,28 @@ class PromptCost:
         line = self._lines[nearest]
         return line.at(depth, self._slope(nearest) if line.slope is None else line.slope)
 
-    def rows_within(self, ms: float, depth: float, most: int) -> int:
-        """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`.
+    def rows_within(self, ms: float, depth: float, most: int, left_ms: float = 0.0) -> int:
+        """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`. `left_ms`: what calls
+        before it left of their time.
 
         Where less than a call of another kernel would fit, that one may take longer if its rows are much cheaper.
         """
         if not self._lines:
             return min(_FIRST_CHUNK, most)
-        best = max(self._fitting(ms, depth, most), default=_SMALLEST_CHUNK)
+        best = max(self._fitting(ms + left_ms, depth, most), default=_SMALLEST_CHUNK)
+        best -= best % _SMALLEST_CHUNK
         for larger in (_SMALL_CALL, self.tile):
-            if best < larger <= most and self._is_worth(larger, best, ms, depth):
+            if best < larger <= most and self._is_worth(larger, best, depth, ms, left_ms):
                 best = larger
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
-    def _is_worth(self, larger: int, smaller: int, ms: float, depth: float) -> bool:
+    def _is_worth(self, larger: int, smaller: int, depth: float, ms: float, left_ms: float) -> bool:
         """Whether the larger call may take longer than there is time for."""
         small, large = self._per_row(smaller, depth), self._per_row(larger, depth)
         limit_ms = max(ms, smaller * small)
-        return any(large <= cheap * small and larger * large <= longer * limit_ms for cheap, longer in _STRETCHES)
+        longer = max((times for cheap, times in _STRETCHES if large <= cheap * small), default=1.0)
+        may_take_ms = max(longer * limit_ms, _ROUNDING * (limit_ms + left_ms))
+        return large <= _CHEAPER * small and larger * large <= may_take_ms
 
     def _fitting(self, ms: float, depth: float, most: int) -> Iterator[int]:
         """The largest call of each size that takes no longer. Deep in a prompt, less than a tile begins with a small

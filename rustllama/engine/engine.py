@@ -213,14 +213,15 @@ class LlamaEngine:
         may_draft, numbers = settings.speculation and Cuts.of(self._info) == Cuts(), settings.kv_cache_type
         shape = LaneShape(n_ctx, n_slots, self._n_batch, self._n_threads, may_draft, flash_attention, numbers)
         context, sharing = bridge.offload(shape.open, self._model), Sharing(self._shelf(shape))
+        decode_cost = self._decode_cost(shape)
         scheduler = Scheduler(
             n_slots,
             self._n_batch,
             settings.max_queue,
             settings.gap_ms,
             sharing,
-            decode_cost=self._decode_cost(shape),
-            prompt_cost=PromptCost(tile=1 if flash_attention == "off" else FLASH_TILE),
+            decode_cost=decode_cost,
+            prompt_cost=PromptCost(1 if flash_attention == "off" else FLASH_TILE, decode_cost),
         )
         threads = Threads(self._n_threads, self._shared.neighbours, on_gpu=self._model.on_gpu)
         return Lane(context, shape, scheduler, self._shared.native, self._share, self._witness, threads)

@@ -21,6 +21,7 @@ from rustllama.errors import Busy, Cancelled, RustllamaError
 
 _NS_PER_MS = 1_000_000
 _ALONE_MS = 1_000  # what one prompt call may take when nobody waits for its next token
+_MOST_LEFT = 0.4  # of what the prompts of a step may take: so much may the next ones take more
 _LEARNING_RATE = 0.3
 _NOBODY = 3  # comes behind all ranks
 
@@ -39,6 +40,7 @@ class Scheduler:
     decode_ms: float = 0.0  # of a step's decode calls together
     decode_cost: DecodeCost = field(default_factory=DecodeCost)
     prompt_cost: PromptCost = field(default_factory=PromptCost)
+    _left_ms: float = 0.0  # of what the last step's prompts might have taken
     _admitted: int = 0
 
     def __post_init__(self) -> None:
@@ -207,12 +209,14 @@ class Scheduler:
         the rest of a call, llama.cpp computes in a call of its own. Who wants the same bits goes alone. The end of a
         prompt may take longer than a larger piece of it, and is cut as well where somebody waits.
         """
+        left_ms, self._left_ms = self._left_ms, 0.0
         waiting = [(slot, s) for slot, s in enumerate(self.slots) if s is not None and s.phase is Phase.PREFILL]
         waiting = [(slot, s) for slot, s in waiting if s not in self.sharing.followers]
         if not waiting:
             return []
         waiting.sort(key=lambda item: self._urgency_ms(item[1], now_ns))
-        budget = left = self.prompt_cost.rows_within(target_ms, waiting[0][1].computed, self.n_batch)
+        depth = waiting[0][1].computed
+        budget = left = self.prompt_cost.rows_within(target_ms, depth, self.n_batch, left_ms)
         chunks = list[Chunk]()
         for slot, sequence in waiting:
             if sequence.request.reproducible:
@@ -226,7 +230,14 @@ class Scheduler:
             if count == reach or not chunks or count >= budget // 2:
                 chunks += [Chunk(sequence, slot, count)] if count else []
                 left -= count
+        if not left and target_ms < _ALONE_MS:
+            self._left_ms = self._saved_ms(target_ms, left_ms, budget, depth)
         return sorted(chunks, key=lambda chunk: chunk.slot)
+
+    def _saved_ms(self, target_ms: float, left_ms: float, rows: int, depth: int) -> float:
+        """What a call of so many rows leaves of its time: they come in steps, and the next call may have one more."""
+        took_ms = rows * self.prompt_cost.ms_per_row(rows, depth + rows / 2)
+        return min(max(0.0, target_ms + left_ms - took_ms), _MOST_LEFT * target_ms)
 
     def _reach(self, sequence: Sequence) -> int:
         """Tokens to the end of the prompt, or to where others wait to take it over."""
