@@ -313,6 +313,7 @@ RULES = (
         "pass",
         "test_degraded.py test_api_models.py",
     ),
+    Rule("AMX is tried", "engine/native/library.py", "not in orders.names or works()", "", "test_engine_ggml.py"),
     Rule(
         "a proof's time", "probe_child.py", "    signal.setitimer(signal.ITIMER_REAL, seconds)\n", "", "test_probe.py"
     ),

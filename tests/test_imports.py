@@ -26,7 +26,8 @@ LAYERS = {
     "engine.native": "native",
     "api": "api",
     **dict.fromkeys(("client", "replies", "cli", "__main__"), "console"),
-    **dict.fromkeys(("bench", "demo", "doctor", "probe_child", "template_child", "pull_child"), "tools"),
+    **dict.fromkeys(("bench", "demo", "doctor"), "tools"),
+    **dict.fromkeys(("probe_child", "amx_child", "template_child", "pull_child"), "tools"),
     **dict.fromkeys(("serve", "deaths", "worker", "tls", "gunicorn_conf", "connections", "client_socket"), "tools"),
 }
 MAY_IMPORT = {

@@ -22,6 +22,7 @@ _CHILD = (sys.executable, "-c", "from rustllama.doctor.library import tell; tell
 _TIMEOUT_S = 2.0
 _REBUILD = f"pip install --force-reinstall --no-cache-dir {_PACKAGE}"
 _FEATURES = {"AVX": "avx", "AVX2": "avx2", "FMA": "fma", "F16C": "f16c", "AVX512": "avx512f"}  # of Linux's cpuinfo
+_AMX = "AMX_INT8"
 _CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
@@ -30,13 +31,14 @@ class Library(msgspec.Struct, frozen=True):
     version: str
     features: str  # as llama_print_system_info has them
     has_gpu: bool
+    left_amx: bool = False  # it has code for AMX that does not work
 
 
 def tell() -> None:
     """In the child: prints a Library."""
     from rustllama.engine.native import library
 
-    found = Library(library.VERSION, library.system_info(), library.has_gpu())
+    found = Library(library.VERSION, library.system_info(), library.has_gpu(), library.LEFT_AMX)
     sys.stdout.write(msgspec.json.encode(found).decode())
 
 
@@ -58,7 +60,7 @@ def described(found: Library, flags: frozenset[str], *, has_nvidia: bool, oldest
         yield wrong(
             "llama.cpp", f"{_PACKAGE} {found.version} is older than {oldest}: `pip install -U {_PACKAGE}` updates it."
         )
-    used = re.findall(r"(\w+) = 1", found.features)
+    used = [name for name in re.findall(r"(\w+) = 1", found.features) if not (found.left_amx and name == _AMX)]
     yield ok(
         "llama.cpp",
         f"{_PACKAGE} {found.version}, {'built for a GPU that is here' if found.has_gpu else 'for the CPU alone'}; it "
@@ -72,6 +74,12 @@ def described(found: Library, flags: frozenset[str], *, has_nvidia: bool, oldest
         yield hint(
             "llama.cpp",
             f"it was built without {', '.join(unused)}, which this processor has, and is slower for it: `{_REBUILD}`.",
+        )
+    if found.left_amx:
+        yield hint(
+            "llama.cpp",
+            "its code for AMX, which this processor has, does not work, and prompts are read more slowly without: the "
+            f"compiler was too old for it, as GCC 12.2 is. With a newer one, `{_REBUILD}` builds it anew.",
         )
     if has_nvidia and not found.has_gpu:
         yield hint(

@@ -6,13 +6,13 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import llama_cpp
 from llama_cpp import _ggml
 
 from rustllama.core import ModelInfo
 from rustllama.engine.attention import Call, Heads, prefers_plain
+from rustllama.engine.ggml import GRAPHS, Init, Signatures, declare
 from rustllama.engine.native.context import KV_CACHE
 
 _F32, _F16 = llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16
@@ -22,41 +22,21 @@ _EMPTY_CELLS = 128  # in the mean: a call sees a multiple of 256, and only flash
 _TRIES = 3  # the first one touches the memory
 
 
-class _Init(ctypes.Structure):
-    """struct ggml_init_params"""
-
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_FUNCTIONS: dict[str, tuple[Any, ...]] = {  # the result, then the arguments (ggml.h, ggml-cpu.h)
-    "ggml_init": (_POINTER, _Init),
-    "ggml_free": (None, _POINTER),
+_FUNCTIONS: Signatures = {  # ggml.h, ggml-cpu.h
+    **GRAPHS,
     "ggml_new_tensor_4d": (_POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _LONG),
     "ggml_set_zero": (_POINTER, _POINTER),
     "ggml_permute": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
-    "ggml_mul_mat": (_POINTER, _POINTER, _POINTER, _POINTER),
     "ggml_soft_max_ext": (_POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _FLOAT),
     "ggml_flash_attn_ext": (_POINTER, *[_POINTER] * 5, _FLOAT, _FLOAT, _FLOAT),
     "ggml_flash_attn_ext_set_prec": (None, _POINTER, _INT),
-    "ggml_new_graph": (_POINTER, _POINTER),
-    "ggml_build_forward_expand": (None, _POINTER, _POINTER),
     "ggml_graph_compute_with_ctx": (_INT, _POINTER, _POINTER, _INT),
 }
 
 
-def _declare(ggml: Any) -> bool:
-    """Whether the library exports them all: one that chooses among several CPU backends as it starts does not."""
-    if not all(hasattr(ggml, name) for name in _FUNCTIONS):
-        return False
-    for name, (result, *arguments) in _FUNCTIONS.items():
-        function = getattr(ggml, name)
-        function.restype, function.argtypes = result, arguments
-    return True
-
-
 _lib = _ggml.libggml
-_CAN_MEASURE = _declare(_lib)
+_CAN_MEASURE = declare(_lib, _FUNCTIONS)
 
 
 def plain_is_faster(
@@ -95,7 +75,7 @@ class _Graph:
     def __init__(self, heads: Heads, call: Call, *, flash: bool, n_threads: int, kv_cache_type: str) -> None:
         self._heads, self._kind, self._n_threads = heads, KV_CACHE[kv_cache_type], n_threads
         self._call = call if flash else call._replace(depth=call.depth + _EMPTY_CELLS)
-        self._context = _lib.ggml_init(_Init(self._size_bytes(), None, False))
+        self._context = _lib.ggml_init(Init(self._size_bytes(), None, False))
         queries = self._by_head(_F32, heads.key_length, heads.queries, call.rows)
         keys = self._by_head(self._kind, heads.key_length, heads.keys, self._call.depth)
         self._graph = _lib.ggml_new_graph(self._context)

@@ -1,10 +1,12 @@
-"""The library itself: which build it is, what it said last, and the GPUs that it found."""
+"""The library itself: which build it is, what works of it here, what it said last, and the GPUs that it found."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 
@@ -12,10 +14,13 @@ import llama_cpp
 from llama_cpp import _ggml
 
 from rustllama.core import ModelInfo
+from rustllama.engine.ggml import AMX, RIGHT, Orders
 
 _GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 _GPU_WEIGHTS_PERCENT = 80  # of a GPU's free memory; the rest is for the KV cache and buffers
 _WARNING_LEVEL = 3  # enum ggml_log_level: 3 is WARN, 4 is ERROR
+_AMX_CHILD = (sys.executable, "-m", "rustllama.amx_child")
+_AMX_TIMEOUT_S = 10.0  # it takes some hundredths of a second
 _log = logging.getLogger("rustllama.native")
 _last_words: deque[str] = deque(maxlen=8)
 _listeners: list[Callable[[str], None]] = []
@@ -46,20 +51,46 @@ llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
+def leave_amx_where_broken(orders: Orders, works: Callable[[], bool]) -> bool:
+    """True where llama.cpp would have used AMX and does without from now on, as its code for it does not work.
+
+    To compilers like GCC 12.2, `_tile_loadconfig` does not tell what it reads, so that they leave out most of what
+    llama.cpp writes there (`ggml_tile_config_init` in mmq.cpp), and the first prompt dies of an illegal instruction.
+    Nothing tells such a build from a good one but to use it, in a process of its own.
+    """
+    if AMX not in orders.names or works():
+        return False
+    orders.remove(AMX)
+    return True
+
+
+def amx_works() -> bool:
+    """Whether a process that multiplies by it lives, and gets the right product."""
+    command = [*_AMX_CHILD, str(_ggml.libggml._name)]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_AMX_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False  # slower is better than dead
+    return done.stdout == RIGHT
+
+
+LEFT_AMX = leave_amx_where_broken(Orders(_ggml.libggml), amx_works)
+
+
 def _build() -> str:
     commit = _ggml.libggml.ggml_commit
     commit.restype = ctypes.c_char_p
-    return f"{llama_cpp.__version__} {commit().decode()}"
+    return f"{llama_cpp.__version__} {commit().decode()}{' without AMX' if LEFT_AMX else ''}"
 
 
 BUILD = _build()  # which llama.cpp this is: no other one reads the states that it saves
-
-
 VERSION = str(llama_cpp.__version__)  # of llama-cpp-python
 
 
 def system_info() -> str:
-    """What llama.cpp uses of the processor, like "AVX2 = 1 | FMA = 1"."""
+    """What llama.cpp was built to use of the processor, like "AVX2 = 1 | FMA = 1"."""
     return str(llama_cpp.llama_print_system_info().decode("utf-8", "replace"))
 
 
