@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rustllama.bench.report import Figures, Intrusion, Spread
-from tests.figures.serving import compute_s, intrude, load, median, serving, undisturbed
+from tests.figures.serving import compute_s, intrude, load, median, serving, undisturbed, unrest
 
 _CLIENTS = 16
 _N_CTX = 4_096
@@ -56,6 +56,7 @@ def intruder(path: Path, rounds: int, gap_ms: int, answer_tokens: int) -> None:
             longest.append(gaps[-1].longest / target_ms)
             ratios.append(found.ratio)
             print(f"gap {told(gaps[-1])}, target {target_ms:.0f} ms; first token {ratios[-1]:.2f} times", flush=True)
+            print(f"a loop alone takes {unrest():.2f} times its median in the worst tenth", flush=True)
     print(f"gap {in_all(gaps)}; of the target p99 {median(p99)}, longest {median(longest)}")
     print(f"its first token after {median(ratios)} times what it takes alone")
 

@@ -31,6 +31,7 @@ _PATIENCE_S = 600
 _PROC_STAT = Path("/proc/stat")
 _LITTLE = 0.01  # of the processors' time
 _TRIES = 4
+_LOOPS, _TURNS = 100, 1_000_000  # of some hundredths of a second each
 
 T = TypeVar("T")
 
@@ -147,6 +148,18 @@ def undisturbed(measure: Callable[[], T]) -> T:
             break
         print(f"once more: others had {share:.1%} of the processors", flush=True)
     return found
+
+
+def unrest() -> float:
+    """How much longer than in the median a loop of Python takes in the worst tenth, with nothing of ours beside it:
+    what the machine itself does to a gap, also where the host tells of no time that it gave to others.
+    """
+    took_s = []
+    for _ in range(_LOOPS):
+        started_s = time.perf_counter()
+        sum(range(_TURNS))
+        took_s.append(time.perf_counter() - started_s)
+    return statistics.quantiles(took_s, n=10)[-1] / statistics.median(took_s)
 
 
 def _ticks() -> tuple[int, int]:
