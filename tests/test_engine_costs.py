@@ -303,6 +303,17 @@ def test_what_a_call_left_of_its_time_makes_a_larger_one_possible() -> None:
     assert cost.rows_within(130, 0, 512, left_ms=30) == 8
 
 
+def test_what_two_deep_calls_took_tells_nothing_of_shallow_ones() -> None:
+    """As measured of the 135M on a restless machine, where 152 rows took 403 ms among streams."""
+    cost = PromptCost(tile=1)
+    deep = [(256, 128, 669), (256, 384, 641), (256, 640, 700), (256, 896, 807), (256, 1152, 934), (256, 1408, 1000)]
+    for rows, depth, ms in [*deep, (244, 1658, 978), (220, 1890, 1129), (64, 32, 166)]:
+        cost.observe(rows, depth, ms)
+    assert cost.rows_within(176, 0, 256) <= 176 // 2.6
+    assert cost.ms_per_row(128, 76) == pytest.approx(2.6, rel=0.1)
+    assert cost.ms_per_row(240, 1774) == pytest.approx((978 / 244 + 1129 / 220) / 2, rel=0.05)
+
+
 def test_a_size_never_seen_is_judged_by_its_neighbour() -> None:
     cost = PromptCost()
     cost.observe(8, 0, 8 * 5.0)

@@ -6,6 +6,7 @@ for many, and which of them is the cheapest per row differs by quantization and 
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _NOTICEABLE = 0.1  # of what a cell costs
 _REMEMBERED = 1_000  # splits
 _SPREAD = 64  # tokens of depth; over less, no slope can be told
 _NEAR = 256  # tokens of depth
+_FAR = 3  # times as far as the observations lie from their middle: beyond, a line through them is not to be trusted
 _SMALLEST_CHUNK = 4  # tokens; kernels for several rows take so many at once
 _SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and twice as much on others
 # Where a row costs so much of what it does in a smaller call, the larger one may take so many times the time there is
@@ -218,15 +220,20 @@ class _Line:
 
     def reaches(self, x: float) -> bool:
         """Whether it tells anything about there."""
-        return self.slope is not None or abs(x - self.x / self.weight) < _NEAR
+        spread = math.sqrt(max(0.0, self._variation) / self.weight)
+        return abs(x - self.x / self.weight) < max(_NEAR, _FAR * spread)
 
     @property
     def slope(self) -> float | None:
         """None where the observations lie too close together."""
-        variance = self.xx - self.x * self.x / self.weight
-        if variance < _SPREAD * _SPREAD:
+        if self._variation < _SPREAD * _SPREAD:
             return None
-        return max(0.0, (self.xy - self.x * self.y / self.weight) / variance)
+        return max(0.0, (self.xy - self.x * self.y / self.weight) / self._variation)
+
+    @property
+    def _variation(self) -> float:
+        """The weighted sum of squares."""
+        return self.xx - self.x * self.x / self.weight
 
     def at(self, x: float, slope: float) -> float:
         """Through the middle of what was observed; never less than a quarter of that."""
@@ -265,8 +272,7 @@ class PromptCost:
         if not self._lines:
             return 0.0
         nearest = self._nearest(rows.bit_length(), depth)
-        line = self._lines[nearest]
-        return line.at(depth, self._slope(nearest) if line.slope is None else line.slope)
+        return self._lines[nearest].at(depth, self._slope(nearest, depth))
 
     def rows_within(self, ms: float, depth: float, most: int, left_ms: float = 0.0) -> int:
         """The largest call that takes no longer, in steps of _SMALLEST_CHUNK, at most `most`. `left_ms`: what calls
@@ -323,12 +329,15 @@ class PromptCost:
 
         return min(self._lines, key=distance)
 
-    def _slope(self, size: int) -> float:
-        """For a size that was seen at one depth only: what tells the next one of its kernel, else of the other."""
+    def _slope(self, size: int, depth: float) -> float:
+        """Of what was seen at many depths, about this one too: that size, else the next one of its kernel, else of the
+        other.
+        """
         known = {seen: line.slope for seen, line in self._lines.items() if line.slope is not None}
 
-        def distance(seen: int) -> tuple[bool, int]:
-            return self._is_tiled(seen) != self._is_tiled(size), abs(seen - size)
+        def distance(seen: int) -> tuple[bool, bool, int]:
+            other_kernel = self._is_tiled(seen) != self._is_tiled(size)
+            return other_kernel, not self._lines[seen].reaches(depth), abs(seen - size)
 
         nearest = min(known, key=distance, default=None)
         return 0.0 if nearest is None else known[nearest]
