@@ -289,6 +289,10 @@ class PromptCost:
                 best = larger
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
+    def left_ms(self, ms: float, rows: int, depth: float) -> float:
+        """What a call of so many rows that begins at this depth leaves of that time: calls come in steps of rows."""
+        return max(0.0, ms - rows * self._per_row(rows, depth))
+
     def _is_worth(self, larger: int, smaller: int, depth: float, ms: float, left_ms: float) -> bool:
         """Whether the larger call may take longer than there is time for."""
         small, large = self._per_row(smaller, depth), self._per_row(larger, depth)
@@ -333,6 +337,9 @@ class PromptCost:
         """Of what was seen at many depths, about this one too: that size, else the next one of its kernel, else of the
         other.
         """
+        own = self._lines[size].slope
+        if own is not None and self._lines[size].reaches(depth):
+            return own
         known = {seen: line.slope for seen, line in self._lines.items() if line.slope is not None}
 
         def distance(seen: int) -> tuple[bool, bool, int]:

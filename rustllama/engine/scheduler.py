@@ -231,13 +231,9 @@ class Scheduler:
                 chunks += [Chunk(sequence, slot, count)] if count else []
                 left -= count
         if not left and target_ms < _ALONE_MS:
-            self._left_ms = self._saved_ms(target_ms, left_ms, budget, depth)
+            over_ms = self.prompt_cost.left_ms(target_ms + left_ms, budget, depth)
+            self._left_ms = min(over_ms, _MOST_LEFT * target_ms)
         return sorted(chunks, key=lambda chunk: chunk.slot)
-
-    def _saved_ms(self, target_ms: float, left_ms: float, rows: int, depth: int) -> float:
-        """What a call of so many rows leaves of its time: they come in steps, and the next call may have one more."""
-        took_ms = rows * self.prompt_cost.ms_per_row(rows, depth + rows / 2)
-        return min(max(0.0, target_ms + left_ms - took_ms), _MOST_LEFT * target_ms)
 
     def _reach(self, sequence: Sequence) -> int:
         """Tokens to the end of the prompt, or to where others wait to take it over."""
