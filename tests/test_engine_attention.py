@@ -12,11 +12,11 @@ import pytest
 from rustllama import gguf
 from rustllama.core import LoadOptions, MemoryPlan
 from rustllama.engine.attention import Call, Heads, prefers_plain
-from rustllama.engine.costs import FLASH_TILE
 from rustllama.engine.engine import LlamaEngines
 from rustllama.engine.facts import Facts
 from rustllama.engine.native import plain_is_faster
 from rustllama.engine.native.attention import attention_ms
+from rustllama.engine.prompt_cost import FLASH_TILE
 from rustllama.errors import OutOfMemory
 from rustllama.settings import Settings
 from tests.test_engine_lane import N_CTX, SLOTS, ask, last, record

@@ -14,7 +14,7 @@ import pytest
 from rustllama import gguf
 from rustllama.core import ContextShift, FinishReason, GenerateRequest
 from rustllama.engine.context_shift import after, cut, leaves_room, of_chat
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.engine import LlamaEngine
 from rustllama.engine.native import Context, Model
 from rustllama.errors import Unsupported

@@ -28,7 +28,7 @@ from rustllama.core import (
 )
 from rustllama.engine import lane, runner
 from rustllama.engine.batch import Batch, Timing
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.runner import Runner
 from rustllama.engine.scheduler import Scheduler

@@ -14,7 +14,7 @@ import pytest
 
 from rustllama.core import LoadOptions, MemoryPlan
 from rustllama.engine import machine
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.engine import LlamaEngines
 from rustllama.engine.machine import Cores
 from rustllama.engine.native import Context

@@ -13,7 +13,7 @@ import pytest
 from gevent.lock import Semaphore
 
 from rustllama.core import GenerateRequest, LoadOptions, MemoryPlan, Span
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.memory import token_bytes
 from rustllama.engine.sequence import Sequence

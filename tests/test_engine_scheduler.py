@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from rustllama.core import Delta, GenerateRequest, Reading
 from rustllama.engine.batch import Batch, Clear, Inherit, Move, Outcome, Swap, Timing
-from rustllama.engine.costs import DecodeCost, PromptCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.prefix_store import PrefixStore
+from rustllama.engine.prompt_cost import PromptCost
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.shelf import Shelf

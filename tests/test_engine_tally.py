@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rustllama.core import LoadOptions, MemoryPlan
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.engine import LlamaEngine, LlamaEngines
 from rustllama.engine.prefix_store import PrefixStore
 from rustllama.engine.states import Cuts

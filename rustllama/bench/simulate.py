@@ -17,7 +17,7 @@ from rustllama.bench.player import Arrivals
 from rustllama.bench.trace import Trace
 from rustllama.core import Delta, GenerateRequest
 from rustllama.engine.batch import Batch, Call, Chunk, Clear, Copy, Kept, Outcome, Restore, Timing
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.prefix_store import Match, PrefixStore
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sequence import Phase, Sequence

@@ -12,7 +12,7 @@ from rustllama import bridge
 from rustllama.core import EngineState, GenerateRequest, LoadOptions, MemoryPlan, ModelRecord, Span
 from rustllama.engine import attention, memory
 from rustllama.engine.black_box import BlackBox, Witness
-from rustllama.engine.costs import FLASH_TILE, DecodeCost, PromptCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.disk_store import DiskStore
 from rustllama.engine.facts import Facts
 from rustllama.engine.lane import Lane, LaneShape, LaneStream
@@ -20,6 +20,7 @@ from rustllama.engine.machine import physical_cores
 from rustllama.engine.native import BUILD, Model, gpu_layers, listen, plain_is_faster
 from rustllama.engine.neighbours import Neighbours
 from rustllama.engine.prefix_store import PrefixStore, StoreState
+from rustllama.engine.prompt_cost import FLASH_TILE, PromptCost
 from rustllama.engine.recall import Recall
 from rustllama.engine.scheduler import Scheduler
 from rustllama.engine.sharing import Sharing

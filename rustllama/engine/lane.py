@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rustllama import bridge
 from rustllama.core import Delta, GenerateRequest, Progress, Queued
 from rustllama.engine.black_box import Witness
-from rustllama.engine.costs import DecodeCost
+from rustllama.engine.decode_cost import DecodeCost
 from rustllama.engine.native import Context, Model
 from rustllama.engine.runner import Deltas, Runner
 from rustllama.engine.scheduler import Scheduler

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rustllama.core import MemoryPlan, ModelInfo
-from rustllama.engine.costs import DRAFT_ROWS
+from rustllama.engine.decode_cost import DRAFT_ROWS
 from rustllama.engine.machine import free_memory_bytes
 from rustllama.errors import OutOfMemory
 from rustllama.settings import Settings

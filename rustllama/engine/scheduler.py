@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rustllama.engine.batch import Arrangement, Batch, Call, Chunk, Clear, Inherit, Move, Outcome, Swap
-from rustllama.engine.costs import DecodeCost, PromptCost
+from rustllama.engine.decode_cost import DecodeCost
+from rustllama.engine.prompt_cost import PromptCost
 from rustllama.engine.sequence import Phase, Sequence
 from rustllama.engine.sharing import Sharing
 from rustllama.engine.states import EXACT_CHUNK

@@ -9,7 +9,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from rustllama.engine.costs import DRAFT_ROWS
+from rustllama.engine.decode_cost import DRAFT_ROWS
 from rustllama.engine.native.library import forget_words, words
 from rustllama.engine.native.model import Model
 from rustllama.engine.native.sampler import Sampler
