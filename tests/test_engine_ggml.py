@@ -57,11 +57,16 @@ def test_what_the_child_expects_is_what_ggml_computes() -> None:
     assert amx_child.product(_ggml.libggml) == amx_child.expected()
 
 
-def test_amx_is_in_use_where_it_works_and_only_there() -> None:
-    """In the processes of these tests as in a server's: the library settled it when it was loaded."""
-    built = "AMX_INT8 = 1" in library.system_info()
-    assert AMX not in Orders(_ggml.libggml).names or (built and library.amx_works())
-    assert not library.LEFT_AMX or built
+def test_amx_is_left_in_this_process_exactly_where_a_new_one_cannot_use_it() -> None:
+    """The library settled it when it was loaded, here as in a server; a child has the whole list of orders again."""
+    program = (
+        "from llama_cpp import _ggml; from rustllama.engine.ggml import AMX, Orders;"
+        "print(AMX in Orders(_ggml.libggml).names)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    has_amx = done.stdout.strip() == "True"
+    assert library.LEFT_AMX is (has_amx and not library.amx_works())
+    assert (AMX in Orders(_ggml.libggml).names) is (has_amx and not library.LEFT_AMX)
 
 
 def test_an_order_that_is_removed_is_no_longer_on_llama_cpps_list() -> None:

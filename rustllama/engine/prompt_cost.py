@@ -159,7 +159,7 @@ class PromptCost:
         other.
         """
         own = self._lines[size].slope
-        if own is not None and self._lines[size].reaches(depth):
+        if own is not None and self._lines[size].reaches(depth):  # mostly; every waiting prompt asks in each step
             return own
         known = {seen: line.slope for seen, line in self._lines.items() if line.slope is not None}
 
