@@ -18,6 +18,11 @@ _SMALL_CALL = 8  # rows that cost as much as half of them on some machines, and 
 _STRETCHES = ((0.25, 1.75), (0.5, 1.5))
 _CHEAPER = 0.9  # of a row in a smaller call: from here on a larger call pays
 _ROUNDING = 1.1  # a call has as many rows as its kernel likes, and may take so much more than there is time for
+_TOLERATED = 1.3  # times the time that there is: hardly a call may take longer
+_WORST = 12  # times the mean delay: where others use the machine, about one call in a hundred has a longer one
+_STEADINESS = 0.97  # what the delays of the past weigh at each observation
+_MOST_BELIEVED = 3.0  # times what was expected; a machine that was paused or swapped tells nothing
+_LEAST_ROOM = 0.7  # of the time that there is: however restless the machine, prompts go on
 _DEARER = 1.15  # than in a smaller call no row is: what is taken for dear would never be tried again
 _FIRST_CHUNK = 64  # tokens, before anything is known
 FLASH_TILE = 64  # rows of one sequence, from which on llama.cpp's flash attention has another kernel (GGML_FA_TILE_Q)
@@ -63,6 +68,25 @@ class _Line:
 
 
 @dataclass(slots=True)
+class _Delays:
+    """What calls took beyond what was expected of them, as shares of that; the past fades."""
+
+    total: float = 0.0
+    calls: float = 5.0  # of so many; the first ones are taken for granted
+
+    def observe(self, share: float) -> None:
+        self.total = _STEADINESS * self.total + max(0.0, share)
+        self.calls = _STEADINESS * self.calls + 1
+
+    @property
+    def room(self) -> float:
+        """Of the time that there is, what a call may be expected to take: less where others use the machine, so that
+        calls which they disturb take little longer than there is.
+        """
+        return min(1.0, max(_LEAST_ROOM, _TOLERATED / (1 + _WORST * self.total / self.calls)))
+
+
+@dataclass(slots=True)
 class PromptCost:
     """Milliseconds per row of a prompt call, by its size (powers of two) and by the depth of its rows.
 
@@ -74,9 +98,14 @@ class PromptCost:
     tile: int = FLASH_TILE
     decode_cost: DecodeCost = field(default_factory=DecodeCost)
     _lines: dict[int, _Line] = field(default_factory=dict)
+    _delays: _Delays = field(default_factory=_Delays)
 
     def observe(self, rows: int, depth: float, ms: float) -> None:
         """A call of so many prompt tokens; `depth` is how many cells each of them saw, in the mean."""
+        line, expected_ms = self._lines.get(rows.bit_length()), rows * self.ms_per_row(rows, depth)
+        if line and line.reaches(depth) and expected_ms:  # what is guessed from other calls tells of no delay
+            ms = min(ms, _MOST_BELIEVED * expected_ms)
+            self._delays.observe(ms / expected_ms - 1)
         self._learn(rows, depth, ms)
         other = {_SMALLEST_CHUNK: _SMALL_CALL, _SMALL_CALL: _SMALLEST_CHUNK}.get(rows)
         ratio = self.decode_cost.of_a_row(other, rows) if other else None
@@ -103,16 +132,18 @@ class PromptCost:
         """
         if not self._lines:
             return min(_FIRST_CHUNK, most)
-        best = max(self._fitting(ms + left_ms, depth, most), default=_SMALLEST_CHUNK)
+        best = max(self._fitting(self._delays.room * ms + left_ms, depth, most), default=_SMALLEST_CHUNK)
         best -= best % _SMALLEST_CHUNK
         for larger in (_SMALL_CALL, self.tile):
             if best < larger <= most and self._is_worth(larger, best, depth, ms, left_ms):
                 best = larger
         return min(best, most) // _SMALLEST_CHUNK * _SMALLEST_CHUNK or most
 
-    def left_ms(self, ms: float, rows: int, depth: float) -> float:
-        """What a call of so many rows that begins at this depth leaves of that time: calls come in steps of rows."""
-        return max(0.0, ms - rows * self._per_row(rows, depth))
+    def left_ms(self, ms: float, rows: int, depth: float, left_ms: float) -> float:
+        """What a call of so many rows that begins at this depth leaves of what it may take, and of what was left to it:
+        calls come in steps of rows.
+        """
+        return max(0.0, self._delays.room * ms + left_ms - rows * self._per_row(rows, depth))
 
     def _is_worth(self, larger: int, smaller: int, depth: float, ms: float, left_ms: float) -> bool:
         """Whether the larger call may take longer than there is time for."""

@@ -232,7 +232,7 @@ class Scheduler:
                 chunks += [Chunk(sequence, slot, count)] if count else []
                 left -= count
         if not left and target_ms < _ALONE_MS:
-            over_ms = self.prompt_cost.left_ms(target_ms + left_ms, budget, depth)
+            over_ms = self.prompt_cost.left_ms(target_ms, budget, depth, left_ms)
             self._left_ms = min(over_ms, _MOST_LEFT * target_ms)
         return sorted(chunks, key=lambda chunk: chunk.slot)
 
