@@ -103,6 +103,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def _drain(self, timeout_s: float) -> None:
         """Answers first, and then what else is on its way, like a create."""
         deadline_s = time.monotonic() + timeout_s
+        if self._requests and timeout_s:
+            _log.info("stopping: %d running, up to %g s to end; Ctrl+C again does not wait", self._requests, timeout_s)
         self._manager.drain(timeout_s)
         deadline_s = max(deadline_s, time.monotonic() + _NOTIFY_S)  # the last pieces still have to go out
         while self._requests and time.monotonic() < deadline_s:

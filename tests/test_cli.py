@@ -88,12 +88,15 @@ def test_show_tells_what_a_model_is(fake: StandIn) -> None:
 
 def test_ps_tells_until_when_a_model_stays(fake: StandIn) -> None:
     fake.answers["GET /api/ps"] = (
-        b'{"models":[{"name":"a:latest","size":5000000,"context_length":4096,"slots":2,"running":1,'
-        b'"expires_at":"2020-01-01T00:00:00Z"},{"name":"b"}]}'
+        b'{"models":[{"name":"a:latest","size":5000000,"context_length":4096,"slots":2,'
+        b'"expires_at":"2020-01-01T00:00:00Z"},{"name":"b"},{"name":"c","running":1},{"name":"d","queued":1}]}'
     )
-    _, first, second = in_process(fake, "ps").output.splitlines()
-    assert first.split()[:6] == ["a", "5.0", "MB", "4096", "2", "1"]
-    assert second.split()[-2:] == ["for", "ever"]
+    _, idle, kept, running, queued = in_process(fake, "ps").output.splitlines()
+    assert idle.split()[:6] == ["a", "5.0", "MB", "4096", "2", "0"]
+    assert "years ago" in idle
+    assert kept.rstrip().endswith("for ever")
+    assert running.rstrip().endswith("in use")
+    assert queued.rstrip().endswith("in use")
 
 
 def test_rm_removes_each_name(fake: StandIn) -> None:

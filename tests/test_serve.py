@@ -176,6 +176,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path, slow_toy: Path) -> None
     server = started(tmp_path / "home", slow_toy)
     response = stream(server, 2000)
     server.process.send_signal(signal.SIGINT)
+    until(lambda: "stopping: 1 running" in server.log.read_text())
     until(lambda: not _listens(server))
     server.process.send_signal(signal.SIGINT)
     with pytest.raises(requests.exceptions.ChunkedEncodingError):

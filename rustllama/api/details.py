@@ -48,7 +48,7 @@ def _origin(record: ModelRecord) -> dict[str, object]:
 
 
 def running(loaded: LoadedModel) -> dict[str, object]:
-    """A model of `/api/ps`; one that stays for ever has no `expires_at`."""
+    """A model of `/api/ps`; one that is in use or stays for ever has no `expires_at`."""
     name, state = tagged(loaded.record.name), loaded.state
     until = {} if loaded.expires_at is None else {"expires_at": loaded.expires_at.isoformat()}
     return {

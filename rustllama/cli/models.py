@@ -11,7 +11,7 @@ import click
 
 from rustllama.cli.format import clean, console_on, one_line, print_fields, print_table, since, size, spinner
 from rustllama.client import Client
-from rustllama.replies import Model, ModelCard
+from rustllama.replies import LoadedModel, Model, ModelCard
 
 
 def _client() -> Client:
@@ -94,11 +94,18 @@ def ps() -> None:
             str(model.context_length),
             str(model.slots),
             str(model.running),
-            since(model.expires_at) if model.expires_at else "for ever",
+            _kept(model),
         )
         for model in _client().loaded()
     )
     print_table(console_on(sys.stdout), ("NAME", "SIZE", "CONTEXT", "SLOTS", "RUNNING", "UNTIL"), rows)
+
+
+def _kept(model: LoadedModel) -> str:
+    """Until when it stays in memory; while it answers, that is not known yet."""
+    if model.running or model.queued:
+        return "in use"
+    return since(model.expires_at) if model.expires_at else "for ever"
 
 
 @click.command(epilog="\b\nExample:\n  rustllama stop llama3.2")

@@ -80,7 +80,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A row of `/api/ps`; `expires_at` None is for ever."""
+    """A row of `/api/ps`; `expires_at` None is for ever, and while somebody uses it."""
 
     record: ModelRecord
     state: EngineState
