@@ -94,3 +94,9 @@ def test_weights_that_must_be_read_whole_are_refused_with_both_figures() -> None
 def test_this_machine_has_cores_and_memory() -> None:
     assert 1 <= machine.physical_cores() <= 1024
     assert machine.free_memory_bytes() > 64 * 1024**2
+
+
+def test_the_log_tells_a_plan_in_words() -> None:
+    assert str(MemoryPlan(8192, 1, 4_900_000_000)) == "1 slot of 8192 tokens, 4900 MB"
+    squeezed = MemoryPlan(2048, 5, 1_213_000_000, ("the context is short.",), plain_attention=True)
+    assert str(squeezed) == "5 slots of 2048 tokens, 1213 MB, without flash attention, the context is short."
