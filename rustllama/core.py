@@ -153,11 +153,6 @@ class MemoryPlan:
     warnings: tuple[str, ...] = ()
     plain_attention: bool = False  # without flash attention, where the setting leaves it open
 
-    def __str__(self) -> str:
-        attention = ["without flash attention"] if self.plain_attention else []
-        slots = f"{self.n_slots} slot{'' if self.n_slots == 1 else 's'} of {self.n_ctx} tokens"
-        return ", ".join([slots, f"{self.size_bytes / 1e6:.0f} MB", *attention, *self.warnings])
-
 
 @dataclass(frozen=True, slots=True)
 class EngineState:

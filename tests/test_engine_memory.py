@@ -97,6 +97,6 @@ def test_this_machine_has_cores_and_memory() -> None:
 
 
 def test_the_log_tells_a_plan_in_words() -> None:
-    assert str(MemoryPlan(8192, 1, 4_900_000_000)) == "1 slot of 8192 tokens, 4900 MB"
-    squeezed = MemoryPlan(2048, 5, 1_213_000_000, ("the context is short.",), plain_attention=True)
-    assert str(squeezed) == "5 slots of 2048 tokens, 1213 MB, without flash attention, the context is short."
+    assert memory.told(MemoryPlan(8192, 1, 5 * GIB)) == "1 x 8192 tokens, 5.0 GiB"
+    told = memory.told(MemoryPlan(2048, 5, GIB // 2, ("the context is short.",), plain_attention=True))
+    assert told == "5 x 2048 tokens, 0.5 GiB, without flash attention"

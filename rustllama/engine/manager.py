@@ -186,7 +186,7 @@ class EngineManager:
         slots_before = self._facts.get(record.digest, _SLOTS, dict[int, int]) or {}
         plain = self._factory.prefers_plain_attention(record, entry.options)
         entry.plan = plan = self._make_room(record.info, slots_before, plain_attention=plain)
-        _log.info("loading %s: %s", record.name, plan)
+        _log.info("loading %s: %s", record.name, memory.told(plan))
         started_ns = time.perf_counter_ns()
         entry.gauge.start()
         engine = self._factory(record, entry.options, plan, entry.gauge.tell)

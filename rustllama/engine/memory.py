@@ -110,6 +110,12 @@ def gib(size_bytes: int) -> str:
     return f"{size_bytes / _GIB:.1f} GiB"
 
 
+def told(plan: MemoryPlan) -> str:
+    """For the log; its warnings go to the client."""
+    attention = ", without flash attention" if plan.plain_attention else ""
+    return f"{plan.n_slots} x {plan.n_ctx} tokens, {gib(plan.size_bytes)}{attention}"
+
+
 def _usual_ctx(info: ModelInfo, settings: Settings) -> int:
     return padded(min(settings.num_ctx, info.context_length or settings.num_ctx))
 
